@@ -1,0 +1,219 @@
+// Package plugin is an NRI plugin: it translates what a container runtime says of
+// pods and containers into what the engine understands, and opts containers in
+// to merging when they are created.
+//
+// No container fails or waits because of it: its handlers return no errors other
+// than for a bad configuration, and wait for no merge.
+package plugin
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"sync"
+	"time"
+
+	"github.com/containerd/nri/pkg/api"
+	"github.com/containerd/nri/pkg/stub"
+	"github.com/sirupsen/logrus"
+
+	"github.com/selective-ksm/selective-ksm/config"
+	"github.com/selective-ksm/selective-ksm/engine"
+	"github.com/selective-ksm/selective-ksm/engine/optin"
+)
+
+const (
+	// minRetry and maxRetry bound the time between attempts to connect again.
+	minRetry = 100 * time.Millisecond
+	maxRetry = 5 * time.Second
+	// patience is how long the runtime may take from our connection to its
+	// configuring us, and how long the stub may take to stop.
+	patience = 10 * time.Second
+)
+
+// Engine is what the plugin needs of an [engine.Engine].
+type Engine interface {
+	Add(ctx context.Context, c engine.Container) error
+	Start(containerID string)
+	Stop(containerID string)
+	StopSandbox(sandboxID string)
+	Reconcile(created, running []engine.Container) error
+}
+
+// Options are what a plugin is made of.
+type Options struct {
+	// Name and Index are what the plugin registers as. A runtime that launched it
+	// has given both already.
+	Name, Index string
+	// Socket is the path of the runtime's NRI socket, for a plugin that no runtime
+	// launched.
+	Socket string
+	// Config is the configuration. Where it is nil, the runtime gives it: that of
+	// its own directory to a plugin that it launched, none to others.
+	Config *config.Config
+	// Apply is called with a configuration that the runtime gave.
+	Apply func(config.Config)
+	// Engine does the work.
+	Engine Engine
+	// Log gets one line for each container that is not merged, with the reason.
+	Log logrus.FieldLogger
+}
+
+// Launched reports whether a container runtime launched this process as a plugin.
+func Launched() bool { return os.Getenv(api.PluginSocketEnvVar) != "" }
+
+// ErrConfig is matched by errors of the configuration that the runtime gave.
+var ErrConfig = errors.New("configuration from the runtime")
+
+// Run connects to the runtime and serves it until ctx ends, then returns nil. When
+// the runtime goes away it connects again and takes everything over anew, unless
+// the runtime launched this process: then it will launch another one, and Run
+// returns nil. Errors are that there is nothing to connect to at the start, or
+// [ErrConfig].
+func Run(ctx context.Context, o Options) error {
+	p := &plugin{Options: o}
+	if o.Config != nil {
+		if err := p.use(*o.Config); err != nil {
+			return err
+		}
+	}
+	retry := minRetry
+	for connected := false; ; {
+		err := p.serve(ctx)
+		connected = connected || !errors.Is(err, errConnect)
+		switch {
+		case ctx.Err() != nil:
+			return nil
+		case errors.Is(err, ErrConfig), !connected:
+			return err
+		case Launched():
+			p.Log.WithError(err).Info("the runtime closed the connection")
+			return nil
+		case !errors.Is(err, errConnect):
+			p.Log.WithError(err).Warn("the runtime closed the connection: connecting again")
+		}
+		if p.get().synchronized {
+			retry = minRetry
+		}
+		select {
+		case <-time.After(retry):
+			retry = min(2*retry, maxRetry)
+		case <-ctx.Done():
+			return nil
+		}
+	}
+}
+
+// plugin is an Options at work.
+type plugin struct {
+	Options
+
+	mu    sync.Mutex
+	state state // protected by mu
+}
+
+// state is what handlers read and change.
+type state struct {
+	policy  config.Config
+	wrapper string // path on the host
+	// configured and synchronized are what has happened on this connection.
+	configured, synchronized bool
+	// refused is what is wrong with the configuration that the runtime gave.
+	refused error
+}
+
+func (p *plugin) get() state {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.state
+}
+
+func (p *plugin) change(change func(*state)) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	change(&p.state)
+}
+
+// errConnect is matched by errors of a connection that was not made.
+var errConnect = errors.New("NRI")
+
+// serve makes a connection, and serves it to its end. It always returns an error.
+func (p *plugin) serve(ctx context.Context) error {
+	p.change(func(s *state) { s.configured, s.synchronized = false, false })
+
+	options := []stub.Option{stub.WithLogger(debugLog{p.Log})}
+	if !Launched() {
+		conn, err := new(net.Dialer).DialContext(ctx, "unix", p.Socket)
+		if err != nil {
+			return fmt.Errorf("%w socket: %w: enable NRI in the runtime, or name its socket with -socket", errConnect, err)
+		}
+		defer conn.Close()
+		options = append(options, stub.WithPluginName(p.Name), stub.WithPluginIdx(p.Index), stub.WithConnection(conn))
+	}
+	s, err := stub.New(p, options...)
+	if err != nil {
+		return fmt.Errorf("%w plugin: %w", errConnect, err)
+	}
+
+	// A stub whose runtime goes away between registering and configuring it waits
+	// without end (seen with v0.12.5). It is the only thing here that is not waited
+	// for.
+	done := make(chan error, 1)
+	go func() { done <- s.Run(ctx) }()
+	late := time.NewTimer(patience)
+	defer late.Stop()
+	stopping := ctx.Done()
+	for {
+		select {
+		case err := <-done:
+			// The stub's own error may be that the runtime has hung up on us since.
+			if refused := p.get().refused; refused != nil {
+				err = refused
+			} else if err == nil {
+				err = errors.New("the runtime closed the connection")
+			}
+			return err
+		case <-stopping:
+			stopping = nil
+			late.Reset(patience)
+		case <-late.C:
+			if ctx.Err() != nil {
+				return ctx.Err()
+			}
+			if !p.get().configured {
+				return fmt.Errorf("NRI runtime at %s: did not configure the plugin within %v", p.Socket, patience)
+			}
+		}
+	}
+}
+
+// use takes a configuration.
+func (p *plugin) use(c config.Config) error {
+	wrapper := c.Wrapper
+	if wrapper == "" {
+		self, err := os.Executable()
+		if err != nil {
+			return fmt.Errorf("path of this program: %w: set wrapper in the configuration", err)
+		}
+		wrapper = self
+	}
+	if err := optin.CheckBinary(wrapper); err != nil {
+		return err
+	}
+	p.change(func(s *state) { s.policy, s.wrapper = c, wrapper })
+	return nil
+}
+
+// debugLog is the stub's log. What matters in it comes back as an error too.
+type debugLog struct{ log logrus.FieldLogger }
+
+func (l debugLog) Debugf(_ context.Context, format string, args ...any) {
+	l.log.Debugf(format, args...)
+}
+func (l debugLog) Infof(_ context.Context, format string, args ...any) { l.log.Debugf(format, args...) }
+func (l debugLog) Warnf(_ context.Context, format string, args ...any) { l.log.Debugf(format, args...) }
+func (l debugLog) Errorf(_ context.Context, format string, args ...any) {
+	l.log.Debugf(format, args...)
+}
