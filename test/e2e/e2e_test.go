@@ -1,0 +1,601 @@
+// Package e2e_test runs containers on a real containerd, with the plugin and a
+// kernel that has partitions, and looks at their physical pages.
+//
+// The tests run as root in the test VM:
+//
+//	SELECTIVE_KSM_VM=1 go test -exec 'build/bin/vm -kernel ... --' ./test/e2e
+//
+// Anywhere else, those that need what is not there are skipped. With
+// SELECTIVE_KSM_VM set they fail instead.
+package e2e_test
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/selective-ksm/selective-ksm/test/e2e/border"
+	"github.com/selective-ksm/selective-ksm/test/e2e/node"
+	"github.com/selective-ksm/selective-ksm/test/e2e/partition"
+	"github.com/selective-ksm/selective-ksm/test/e2e/plugin"
+	"github.com/selective-ksm/selective-ksm/test/pages"
+	"github.com/selective-ksm/selective-ksm/test/workload/control"
+)
+
+const (
+	// dataMiB is what a container holds where its size does not matter.
+	dataMiB = 16
+	// least is how much of the identical data must be merged, in percent.
+	least = 95
+	// patience is for what takes a second or two, in a VM that is slow.
+	patience = 60 * time.Second
+)
+
+// build is where make puts what the tests run.
+const build = "../../build"
+
+// program is the product.
+var program = filepath.Join(build, "bin/selective-ksm")
+
+// missing skips a test for want of something, or fails it where everything has
+// to be there.
+func missing(t *testing.T, format string, args ...any) {
+	t.Helper()
+	if os.Getenv("SELECTIVE_KSM_VM") != "" {
+		t.Fatalf(format, args...)
+	}
+	t.Skipf(format, args...)
+}
+
+// needProgram is for tests that only run the program.
+func needProgram(t *testing.T) {
+	t.Helper()
+	if _, err := os.Stat(program); err != nil {
+		missing(t, "not built: %v", err)
+	}
+}
+
+// needPartitions is for tests that need all of it: root, a kernel with
+// partitions, and all programs.
+func needPartitions(t *testing.T) {
+	t.Helper()
+	if os.Getuid() != 0 {
+		missing(t, "not root")
+	}
+	if !partition.Supported() {
+		missing(t, "this kernel has no partitions in /sys/kernel/mm/ksm; make test boots one that has")
+	}
+	needProgram(t)
+	for _, path := range []string{node.Built(build).Tools, node.Built(build).Workload} {
+		if _, err := os.Stat(path); err != nil {
+			missing(t, "not built: %v", err)
+		}
+	}
+}
+
+// shared is the containerd of all tests that start the plugin by itself.
+var shared struct {
+	once sync.Once
+	node *node.Node
+	err  error
+}
+
+func TestMain(m *testing.M) {
+	code := m.Run()
+	if n := shared.node; n != nil {
+		ctx, cancel := context.WithTimeout(context.Background(), patience)
+		defer cancel()
+		if err := n.Stop(ctx); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			code = max(code, 1)
+		}
+	}
+	os.Exit(code)
+}
+
+// sharedNode returns a containerd without pods and without the plugin. What a
+// test starts on it, the test removes.
+func sharedNode(t *testing.T) *node.Node {
+	t.Helper()
+	needPartitions(t)
+	shared.once.Do(func() { shared.node, shared.err = node.Start(deadline(t), node.Built(build)) })
+	if shared.err != nil {
+		t.Fatal(shared.err)
+	}
+	t.Cleanup(func() {
+		if t.Failed() {
+			t.Log(shared.node.Log())
+		}
+	})
+	return shared.node
+}
+
+// deadline returns a context for one step of a test.
+func deadline(t *testing.T) context.Context {
+	t.Helper()
+	ctx, cancel := context.WithTimeoutCause(t.Context(), patience, fmt.Errorf("not within %s", patience))
+	t.Cleanup(cancel)
+	return ctx
+}
+
+// tenant is a pod with its containers.
+type tenant struct {
+	*node.Pod
+	containers []*node.Container
+}
+
+// ready is when the last of its containers had its memory filled.
+func (p tenant) ready() time.Time {
+	last := slices.MaxFunc(p.containers, func(a, b *node.Container) int { return a.Ready.Compare(b.Ready) })
+	return last.Ready
+}
+
+// run runs a pod with containers, and removes it after the test if the test
+// did not. guard, if not nil, watches each container from when it is ready.
+func run(t *testing.T, n *node.Node, guard *border.Guard, pod string, containers ...node.ContainerConfig) tenant {
+	t.Helper()
+	p, err := n.RunPod(deadline(t), pod)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		// Removing a pod a second time is no error.
+		ctx, cancel := context.WithTimeout(context.Background(), patience)
+		defer cancel()
+		if err := p.Remove(ctx); err != nil {
+			t.Error(err)
+		}
+	})
+	one := tenant{Pod: p}
+	for _, config := range containers {
+		c, err := p.Start(deadline(t), config)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { c.Close() })
+		if guard != nil {
+			guard.Add(border.Process{Tenant: pod, Name: c.Name, PID: c.PID})
+		}
+		one.containers = append(one.containers, c)
+	}
+	return one
+}
+
+// startPlugin starts the plugin against a containerd, and stops it after the
+// test if the test did not.
+func startPlugin(t *testing.T, n *node.Node, config string) *plugin.Process {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "config.yaml")
+	if err := os.WriteFile(path, []byte(config), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	p, err := plugin.Start(deadline(t), program, path, n.NRISocket())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := p.Stop(); err != nil {
+			t.Error(err)
+		}
+		if t.Failed() {
+			t.Log(p.Log())
+		}
+	})
+	return p
+}
+
+// merged waits until each container has been merged with data that was there
+// at the given time.
+func merged(t *testing.T, p *plugin.Process, since time.Time, containers ...*node.Container) {
+	t.Helper()
+	for _, c := range containers {
+		if _, err := p.Wait(deadline(t), 1, plugin.Merged(c.ID, since)); err != nil {
+			t.Fatalf("merge of %s/%s: %v", c.Pod.Name, c.Name, err)
+		}
+	}
+}
+
+// common returns how many merged physical pages the data of two containers
+// share, and how many pages the data of the first has.
+func common(t *testing.T, a, b *node.Container) (together, all int) {
+	t.Helper()
+	inA, err := pages.Range(a.PID, a.Hello.Start, a.Hello.End)
+	if err != nil {
+		t.Fatal(err)
+	}
+	inB, err := pages.Range(b.PID, b.Hello.Start, b.Hello.End)
+	if err != nil {
+		t.Fatal(err)
+	}
+	together, err = pages.Merged(inA, inB)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return together, len(inA)
+}
+
+// wantMerged fails the test if less of the data of two containers is merged
+// than must be.
+func wantMerged(t *testing.T, a, b *node.Container) {
+	t.Helper()
+	together, all := common(t, a, b)
+	t.Logf("%s: %s and %s share %d of %d pages", a.Pod.Name, a.Name, b.Name, together, all)
+	if together*100 < all*least {
+		t.Errorf("%s: %s and %s share %d of %d pages, less than %d %%", a.Pod.Name, a.Name, b.Name, together, all, least)
+	}
+}
+
+// do sends a request to all containers, and fails the test if one finds data
+// that it did not write.
+func do(t *testing.T, q control.Request, containers ...*node.Container) []control.Reply {
+	t.Helper()
+	var replies []control.Reply
+	for _, c := range containers {
+		r, err := c.Do(deadline(t), q)
+		if err != nil {
+			t.Fatalf("%s/%s: %v\n%s", c.Pod.Name, c.Name, err, c.Pod.Output(c.Name))
+		}
+		replies = append(replies, r)
+	}
+	return replies
+}
+
+// unchanged fails the test if the data of a container is not what it was
+// filled with.
+func unchanged(t *testing.T, containers ...*node.Container) {
+	t.Helper()
+	for i, r := range do(t, control.Request{Op: control.Check}, containers...) {
+		if c := containers[i]; r.Sum != c.Hello.Sum {
+			t.Errorf("%s/%s: data sums to %#x, to %#x at first", c.Pod.Name, c.Name, r.Sum, c.Hello.Sum)
+		}
+	}
+}
+
+// stopGuard ends a watch that must have found nothing.
+func stopGuard(t *testing.T, g *border.Guard) {
+	t.Helper()
+	g.Sweep()
+	sweeps, found, err := g.Stop()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("looked %d times for a page in two tenants", sweeps)
+	if len(found) > 0 {
+		t.Errorf("%d crossings, the first: %s", len(found), found[0])
+	}
+}
+
+// noPartitions fails the test if partitions stay.
+func noPartitions(t *testing.T) {
+	t.Helper()
+	if err := partition.WaitFor(deadline(t)); err != nil {
+		t.Error(err)
+	}
+}
+
+func web(seed uint64) node.ContainerConfig {
+	return node.ContainerConfig{Name: "web", MiB: dataMiB, Seed: seed}
+}
+
+func worker(seed uint64) node.ContainerConfig {
+	return node.ContainerConfig{Name: "worker", MiB: dataMiB, Seed: seed}
+}
+
+const (
+	// late leaves the containers of a pod the time to fill their memory, so that
+	// the first merge finds all of it.
+	late = "startDelays: [4s]\ninterval: 4s\nlogFormat: json\n"
+	// often merges a container again and again.
+	often = "startDelays: [0s, 1s]\ninterval: 1s\nlogFormat: json\n"
+)
+
+// The first merge finds all there is to merge, inside the pods and nowhere
+// else.
+func TestFirstMerge(t *testing.T) {
+	n := sharedNode(t)
+	p := startPlugin(t, n, late)
+	guard := border.Watch()
+	const size = 32
+	shop := run(t, n, guard, "shop",
+		node.ContainerConfig{Name: "web", MiB: size, Seed: 1}, node.ContainerConfig{Name: "worker", MiB: size, Seed: 1})
+	bank := run(t, n, guard, "bank",
+		node.ContainerConfig{Name: "web", MiB: size, Seed: 1}, node.ContainerConfig{Name: "worker", MiB: size, Seed: 1})
+	all := slices.Concat(shop.containers, bank.containers)
+	for _, c := range all {
+		if c.Hello.Sum != all[0].Hello.Sum {
+			t.Fatalf("%s/%s does not hold the same data", c.Pod.Name, c.Name)
+		}
+	}
+	for _, pod := range []tenant{shop, bank} {
+		merged(t, p, pod.ready(), pod.containers...)
+		wantMerged(t, pod.containers[0], pod.containers[1])
+		shared, err := partition.Counter(partition.OfPod(pod.ID), "pages_sharing")
+		if err != nil {
+			t.Fatal(err)
+		}
+		// The containers' other memory may hold equal pages too.
+		if _, pages := common(t, pod.containers[0], pod.containers[1]); shared*100 < pages*least {
+			t.Errorf("%s: the partition counts %d pages saved, of %d", pod.Name, shared, pages)
+		}
+	}
+	unchanged(t, all...)
+
+	// Unmerged, each has its own pages again, with the same data. The plugin would
+	// merge them again meanwhile.
+	if err := p.Stop(); err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range shop.containers {
+		if err := partition.Unmerge(partition.OfPod(shop.ID), c.PID); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if together, _ := common(t, shop.containers[0], shop.containers[1]); together != 0 {
+		t.Errorf("%d pages are shared after unmerge", together)
+	}
+	wantMerged(t, bank.containers[0], bank.containers[1])
+	unchanged(t, all...)
+	stopGuard(t, guard)
+
+	// The partition lives as long as the pod's last container, with a plugin that
+	// took it over too.
+	startPlugin(t, n, late)
+	if err := shop.containers[0].Stop(deadline(t)); err != nil {
+		t.Fatal(err)
+	}
+	if err := partition.WaitFor(deadline(t), partition.OfPod(shop.ID), partition.OfPod(bank.ID)); err != nil {
+		t.Error(err)
+	}
+	unchanged(t, shop.containers[1])
+	for _, pod := range []tenant{shop, bank} {
+		if err := pod.Remove(deadline(t)); err != nil {
+			t.Error(err)
+		}
+	}
+	noPartitions(t)
+}
+
+// Containers write to their memory while it is merged, again and again.
+func TestWritesDuringMerges(t *testing.T) {
+	n := sharedNode(t)
+	p := startPlugin(t, n, often)
+	guard := border.Watch()
+	shop := run(t, n, guard, "shop", web(1), worker(1))
+	bank := run(t, n, guard, "bank", web(1), worker(1))
+	all := slices.Concat(shop.containers, bank.containers)
+
+	// Half of each container's data is written, the other half stays merged.
+	pages := dataMiB << 20 / os.Getpagesize()
+	do(t, control.Request{Op: control.Churn, First: 0, Count: pages / 2, Seed: 5}, all...)
+	// One merge to be sure that there was writing from its beginning to its
+	// end, and one more.
+	for range 2 {
+		merged(t, p, time.Now(), all...)
+	}
+	for i, r := range do(t, control.Request{Op: control.Settle}, all...) {
+		t.Logf("%s/%s wrote and checked %d times", all[i].Pod.Name, all[i].Name, r.Rounds)
+		if r.Rounds == 0 {
+			t.Errorf("%s/%s never wrote while it was merged", all[i].Pod.Name, all[i].Name)
+		}
+	}
+
+	// What is equal again is merged again.
+	for i, r := range do(t, control.Request{Op: control.Write, First: 0, Count: pages / 2, Seed: 1}, all...) {
+		if r.Sum != all[i].Hello.Sum {
+			t.Errorf("%s/%s: data sums to %#x, to %#x at first", all[i].Pod.Name, all[i].Name, r.Sum, all[i].Hello.Sum)
+		}
+	}
+	merged(t, p, time.Now(), all...)
+	wantMerged(t, shop.containers[0], shop.containers[1])
+	wantMerged(t, bank.containers[0], bank.containers[1])
+	unchanged(t, all...)
+	stopGuard(t, guard)
+}
+
+// Each container is a tenant of its own: it is merged with itself alone.
+func TestPartitionByContainer(t *testing.T) {
+	n := sharedNode(t)
+	p := startPlugin(t, n, "partitionBy: container\n"+late)
+	guard := border.Watch()
+	config := func(name string) node.ContainerConfig {
+		return node.ContainerConfig{Name: name, MiB: dataMiB, Seed: 1, Repeat: true}
+	}
+	shop := run(t, n, nil, "shop", config("web"), config("worker"))
+	for _, c := range shop.containers {
+		guard.Add(border.Process{Tenant: c.Name, Name: c.Name, PID: c.PID})
+	}
+	first, second := shop.containers[0], shop.containers[1]
+	if err := partition.WaitFor(deadline(t), partition.OfContainer(first.ID), partition.OfContainer(second.ID)); err != nil {
+		t.Error(err)
+	}
+	merged(t, p, shop.ready(), shop.containers...)
+	for _, c := range shop.containers {
+		middle := c.Hello.Start + (c.Hello.End-c.Hello.Start)/2
+		one, err := pages.Range(c.PID, c.Hello.Start, middle)
+		if err != nil {
+			t.Fatal(err)
+		}
+		other, err := pages.Range(c.PID, middle, c.Hello.End)
+		if err != nil {
+			t.Fatal(err)
+		}
+		together, err := pages.Merged(one, other)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if together*100 < len(one)*least {
+			t.Errorf("%s: its two halves share %d of %d pages, less than %d %%", c.Name, together, len(one), least)
+		}
+	}
+	unchanged(t, shop.containers...)
+	stopGuard(t, guard)
+
+	if err := first.Stop(deadline(t)); err != nil {
+		t.Fatal(err)
+	}
+	if err := partition.WaitFor(deadline(t), partition.OfContainer(second.ID)); err != nil {
+		t.Error(err)
+	}
+	if err := shop.Remove(deadline(t)); err != nil {
+		t.Error(err)
+	}
+	noPartitions(t)
+}
+
+// denyOptIn is a seccomp profile that refuses prctl(PR_SET_MEMORY_MERGE).
+const denyOptIn = `{
+	"defaultAction": "SCMP_ACT_ALLOW",
+	"syscalls": [{
+		"names": ["prctl"],
+		"action": "SCMP_ACT_ERRNO",
+		"args": [{"index": 0, "value": 67, "op": "SCMP_CMP_EQ"}]
+	}]
+}`
+
+// A container whose memory cannot be merged runs all the same.
+func TestOptInRefused(t *testing.T) {
+	n := sharedNode(t)
+	p := startPlugin(t, n, often)
+	profile := filepath.Join(t.TempDir(), "profile.json")
+	if err := os.WriteFile(profile, []byte(denyOptIn), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	shop := run(t, n, nil, "shop",
+		node.ContainerConfig{Name: "sealed", MiB: dataMiB, Seed: 1, SeccompProfile: profile}, web(1), worker(1))
+	sealed, open := shop.containers[0], shop.containers[1:]
+
+	complaint := func(l plugin.Line) bool {
+		return l.Container == "sealed" && (l.Level == "warning" || l.Level == "warn" || l.Level == "error")
+	}
+	said, err := p.Wait(deadline(t), 1, complaint)
+	if err != nil {
+		t.Fatalf("no complaint about the container: %v", err)
+	}
+	t.Log(said.Text)
+	if said.Pod != "shop" {
+		t.Errorf("the complaint does not name the pod: %s", said.Text)
+	}
+	// The pod's others are merged, often enough for a second complaint.
+	for range 2 {
+		merged(t, p, time.Now(), open...)
+	}
+	wantMerged(t, open[0], open[1])
+	if lines := p.Lines(complaint); len(lines) != 1 {
+		t.Errorf("complained %d times: %v", len(lines), lines)
+	}
+	if together, _ := common(t, sealed, open[0]); together != 0 {
+		t.Errorf("%d pages of the container are merged", together)
+	}
+	unchanged(t, shop.containers...)
+}
+
+// The plugin dies in the middle of a merge; pods come to an end while it is
+// away; it comes back.
+func TestPluginKilled(t *testing.T) {
+	n := sharedNode(t)
+	p := startPlugin(t, n, late)
+	guard := border.Watch()
+	shop := run(t, n, guard, "shop", web(1), worker(1))
+	bank := run(t, n, guard, "bank", web(1), worker(1))
+	all := slices.Concat(shop.containers, bank.containers)
+	ofShop, ofBank := partition.OfPod(shop.ID), partition.OfPod(bank.ID)
+
+	mergeBegun(t, ofShop, ofBank)
+	if err := p.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	together, pages := common(t, shop.containers[0], shop.containers[1])
+	t.Logf("killed with %d of %d pages merged in shop", together, pages)
+	unchanged(t, all...)
+
+	if err := bank.Remove(deadline(t)); err != nil {
+		t.Fatal(err)
+	}
+	if err := partition.WaitFor(deadline(t), ofShop, ofBank); err != nil {
+		t.Fatalf("while the plugin is away: %v", err)
+	}
+	p = startPlugin(t, n, often)
+	if err := partition.WaitFor(deadline(t), ofShop); err != nil {
+		t.Errorf("after the plugin came back: %v", err)
+	}
+	merged(t, p, time.Now(), shop.containers...)
+	wantMerged(t, shop.containers[0], shop.containers[1])
+	unchanged(t, shop.containers...)
+	stopGuard(t, guard)
+	if err := shop.Remove(deadline(t)); err != nil {
+		t.Error(err)
+	}
+	noPartitions(t)
+}
+
+// mergeBegun waits until a merge has got somewhere in one of the partitions.
+// It polls: a counter that changes wakes nobody.
+func mergeBegun(t *testing.T, names ...string) {
+	t.Helper()
+	ctx := deadline(t)
+	tick := time.NewTicker(time.Millisecond)
+	defer tick.Stop()
+	for {
+		for _, name := range names {
+			n, err := partition.Counter(name, "pages_sharing")
+			if err != nil {
+				t.Fatal(err)
+			}
+			if n > 0 {
+				return
+			}
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			t.Fatalf("no merge began: %v", context.Cause(ctx))
+		}
+	}
+}
+
+// containerd launches the plugin by itself, from its plugin directory.
+func TestLaunchedByContainerd(t *testing.T) {
+	needPartitions(t)
+	config := node.Built(build)
+	config.Plugin, config.PluginName, config.PluginConfig = program, plugin.Index+"-"+plugin.Name, often
+	n, err := node.Start(deadline(t), config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if t.Failed() {
+			t.Log(n.Log())
+		}
+		ctx, cancel := context.WithTimeout(context.Background(), patience)
+		defer cancel()
+		if err := n.Stop(ctx); err != nil {
+			t.Error(err)
+		}
+	})
+	shop := run(t, n, nil, "shop", web(1), worker(1))
+	// containerd keeps nothing of the plugin's log: the page tables tell.
+	ctx := deadline(t)
+	tick := time.NewTicker(100 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		together, pages := common(t, shop.containers[0], shop.containers[1])
+		if together*100 >= pages*least {
+			break
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			t.Fatalf("%d of %d pages are merged: %v", together, pages, context.Cause(ctx))
+		}
+	}
+	unchanged(t, shop.containers...)
+	if err := shop.Remove(deadline(t)); err != nil {
+		t.Error(err)
+	}
+	noPartitions(t)
+}

@@ -1,0 +1,208 @@
+package node
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"time"
+
+	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/selective-ksm/selective-ksm/test/workload/control"
+)
+
+// namespace is the Kubernetes namespace of all pods.
+const namespace = "default"
+
+// Pod is a pod sandbox.
+type Pod struct {
+	Name, ID string
+
+	node   *Node
+	config *runtime.PodSandboxConfig
+}
+
+// RunPod runs a pod without containers.
+func (n *Node) RunPod(ctx context.Context, name string) (*Pod, error) {
+	uid := fmt.Sprintf("%s-%d", name, n.pods.Add(1))
+	p := &Pod{Name: name, node: n, config: &runtime.PodSandboxConfig{
+		Metadata:     &runtime.PodSandboxMetadata{Name: name, Uid: uid, Namespace: namespace},
+		LogDirectory: n.Path("logs"),
+		Linux: &runtime.LinuxPodSandboxConfig{
+			CgroupParent:    "/kubepods/besteffort/pod" + uid,
+			SecurityContext: &runtime.LinuxSandboxSecurityContext{NamespaceOptions: hostNetwork()},
+		},
+	}}
+	r, err := n.cri.RunPodSandbox(ctx, &runtime.RunPodSandboxRequest{Config: p.config})
+	if err != nil {
+		return nil, fmt.Errorf("run pod %s: %w", name, err)
+	}
+	p.ID = r.PodSandboxId
+	return p, nil
+}
+
+func hostNetwork() *runtime.NamespaceOption {
+	return &runtime.NamespaceOption{Network: runtime.NamespaceMode_NODE, Pid: runtime.NamespaceMode_CONTAINER}
+}
+
+// Remove stops a pod with all that runs in it, and removes it.
+func (p *Pod) Remove(ctx context.Context) error {
+	_, err := p.node.cri.StopPodSandbox(ctx, &runtime.StopPodSandboxRequest{PodSandboxId: p.ID})
+	if err == nil {
+		_, err = p.node.cri.RemovePodSandbox(ctx, &runtime.RemovePodSandboxRequest{PodSandboxId: p.ID})
+	}
+	if err != nil {
+		return fmt.Errorf("remove pod %s: %w", p.Name, err)
+	}
+	return nil
+}
+
+func (n *Node) removePods(ctx context.Context) error {
+	r, err := n.cri.ListPodSandbox(ctx, &runtime.ListPodSandboxRequest{})
+	if err != nil {
+		return fmt.Errorf("list pods: %w", err)
+	}
+	var errs []error
+	for _, s := range r.Items {
+		p := &Pod{Name: s.Metadata.Name, ID: s.Id, node: n}
+		errs = append(errs, p.Remove(ctx))
+	}
+	return errors.Join(errs...)
+}
+
+// ContainerConfig says what a container holds.
+type ContainerConfig struct {
+	Name string
+	// MiB of data, made from Seed.
+	MiB  int
+	Seed uint64
+	// Repeat makes the second half of the data equal to the first.
+	Repeat bool
+	// SeccompProfile, if not empty, is the path of the profile to run under.
+	SeccompProfile string
+}
+
+// Container is a running container with its memory filled.
+type Container struct {
+	Name, ID string
+	Pod      *Pod
+	// PID is the first process's, as the machine counts.
+	PID int
+	// Ready is when its memory was filled.
+	Ready time.Time
+
+	*control.Conn
+}
+
+// Start creates and starts a container, and waits until its memory is filled.
+func (p *Pod) Start(ctx context.Context, c ContainerConfig) (_ *Container, err error) {
+	defer func() {
+		if err != nil {
+			err = fmt.Errorf("start container %s/%s: %w", p.Name, c.Name, err)
+		}
+	}()
+	dir := p.node.Path(filepath.Join("control", p.config.Metadata.Uid+"-"+c.Name))
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		return nil, err
+	}
+	listener, err := control.Listen(dir)
+	if err != nil {
+		return nil, err
+	}
+	defer listener.Close()
+
+	const inside = "/control"
+	security := &runtime.LinuxContainerSecurityContext{NamespaceOptions: hostNetwork()}
+	if c.SeccompProfile != "" {
+		security.Seccomp = &runtime.SecurityProfile{
+			ProfileType:  runtime.SecurityProfile_Localhost,
+			LocalhostRef: c.SeccompProfile,
+		}
+	}
+	created, err := p.node.cri.CreateContainer(ctx, &runtime.CreateContainerRequest{
+		PodSandboxId:  p.ID,
+		SandboxConfig: p.config,
+		Config: &runtime.ContainerConfig{
+			Metadata: &runtime.ContainerMetadata{Name: c.Name},
+			Image:    &runtime.ImageSpec{Image: imageName},
+			Args:     []string{"-control", inside, "-size", strconv.Itoa(c.MiB), "-seed", strconv.FormatUint(c.Seed, 10), "-repeat=" + strconv.FormatBool(c.Repeat)},
+			Mounts:   []*runtime.Mount{{HostPath: dir, ContainerPath: inside}},
+			LogPath:  p.log(c.Name),
+			Linux:    &runtime.LinuxContainerConfig{SecurityContext: security},
+		},
+	})
+	if err != nil {
+		return nil, err
+	}
+	if _, err := p.node.cri.StartContainer(ctx, &runtime.StartContainerRequest{ContainerId: created.ContainerId}); err != nil {
+		return nil, err
+	}
+	conn, err := listener.Accept(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("%w\n%s", err, p.Output(c.Name))
+	}
+	container := &Container{Name: c.Name, ID: created.ContainerId, Pod: p, Ready: time.Now(), Conn: conn}
+	if container.PID, err = p.node.pid(ctx, created.ContainerId); err != nil {
+		return nil, errors.Join(err, conn.Close())
+	}
+	return container, nil
+}
+
+// Output returns what a container has written.
+func (p *Pod) Output(container string) string {
+	out, err := os.ReadFile(filepath.Join(p.config.LogDirectory, p.log(container)))
+	if err != nil {
+		return err.Error()
+	}
+	return string(out)
+}
+
+func (p *Pod) log(container string) string {
+	return p.config.Metadata.Uid + "-" + container + ".log"
+}
+
+// pid asks for a running container's first process, which only the verbose
+// part of its status tells.
+func (n *Node) pid(ctx context.Context, id string) (int, error) {
+	r, err := n.cri.ContainerStatus(ctx, &runtime.ContainerStatusRequest{ContainerId: id, Verbose: true})
+	if err != nil {
+		return 0, err
+	}
+	if s := r.Status; s.State != runtime.ContainerState_CONTAINER_RUNNING {
+		return 0, fmt.Errorf("not running but %s: %s, exit status %d", s.State, s.Reason, s.ExitCode)
+	}
+	var info struct{ PID int }
+	if err := json.Unmarshal([]byte(r.Info["info"]), &info); err != nil {
+		return 0, fmt.Errorf("read verbose status: %w", err)
+	}
+	return info.PID, nil
+}
+
+// Running tells whether the container runs.
+func (c *Container) Running(ctx context.Context) (bool, error) {
+	r, err := c.Pod.node.cri.ContainerStatus(ctx, &runtime.ContainerStatusRequest{ContainerId: c.ID})
+	if err != nil {
+		return false, fmt.Errorf("status of container %s/%s: %w", c.Pod.Name, c.Name, err)
+	}
+	return r.Status.State == runtime.ContainerState_CONTAINER_RUNNING, nil
+}
+
+// stopGrace is far more than the workload takes to exit.
+const stopGrace = 10 * time.Second
+
+// Stop stops the container, and removes it.
+func (c *Container) Stop(ctx context.Context) error {
+	cri := c.Pod.node.cri
+	_, err := cri.StopContainer(ctx, &runtime.StopContainerRequest{ContainerId: c.ID, Timeout: int64(stopGrace.Seconds())})
+	if err == nil {
+		_, err = cri.RemoveContainer(ctx, &runtime.RemoveContainerRequest{ContainerId: c.ID})
+	}
+	if err != nil {
+		return fmt.Errorf("stop container %s/%s: %w", c.Pod.Name, c.Name, err)
+	}
+	return nil
+}

@@ -1,0 +1,191 @@
+// Package plugin runs the plugin by itself against a containerd's NRI socket,
+// and follows its log.
+package plugin
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os/exec"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+)
+
+// Index and Name are what the plugin registers as.
+const (
+	Index = "10"
+	Name  = "selective-ksm"
+)
+
+// Line is a line of the plugin's log.
+type Line struct {
+	Time      time.Time `json:"time"`
+	Level     string    `json:"level"`
+	Message   string    `json:"msg"`
+	Error     string    `json:"error"`
+	Pod       string    `json:"pod"`
+	Container string    `json:"container"`
+	// ContainerID is the whole id.
+	ContainerID string `json:"container_id"`
+	Partition   string `json:"partition"`
+
+	Offered    int64   `json:"offered_bytes"`
+	Merged     int64   `json:"merged_bytes"`
+	Saved      int64   `json:"saved_bytes"`
+	DurationMS float64 `json:"duration_ms"`
+	Processes  int     `json:"processes"`
+
+	// Text is the line as it was written.
+	Text string `json:"-"`
+}
+
+// Took is how long a merge took.
+func (l Line) Took() time.Duration { return time.Duration(l.DurationMS * float64(time.Millisecond)) }
+
+// Merged matches the end of a merge of a container that began after since.
+func Merged(containerID string, since time.Time) func(Line) bool {
+	return func(l Line) bool {
+		// The log's time is of whole seconds, rounded down: at worst a merge
+		// that began in time does not count.
+		return l.Message == "merged" && l.ContainerID == containerID && l.Time.Add(-l.Took()).After(since)
+	}
+}
+
+// Process is a plugin that runs.
+type Process struct {
+	cmd  *exec.Cmd
+	read chan struct{} // closed when the log has ended
+	over bool          // stopped or killed
+
+	mu    sync.Mutex // protects what follows
+	lines []Line
+	more  chan struct{} // closed, and made anew, when there are more lines
+	ended bool
+}
+
+// ready is what the plugin logs when the runtime has told it of all containers,
+// and will tell it of new ones.
+const ready = "synchronized with the runtime"
+
+// Start starts the plugin program with a configuration file, which must ask for
+// a log in JSON, and waits until the runtime knows the plugin.
+func Start(ctx context.Context, program, config, socket string) (*Process, error) {
+	cmd := exec.Command(program, "plugin", "-config", config, "-name", Name, "-idx", Index, "-socket", socket)
+	log, err := cmd.StderrPipe()
+	if err != nil {
+		return nil, fmt.Errorf("start plugin: %w", err)
+	}
+	if err := cmd.Start(); err != nil {
+		return nil, fmt.Errorf("start plugin: %w", err)
+	}
+	p := &Process{cmd: cmd, read: make(chan struct{}), more: make(chan struct{})}
+	go p.follow(log)
+	if _, err := p.Wait(ctx, 1, func(l Line) bool { return l.Message == ready }); err != nil {
+		return nil, errors.Join(fmt.Errorf("start plugin: %w\n%s", err, p.Log()), p.Stop())
+	}
+	return p, nil
+}
+
+// follow reads the log until the plugin has exited.
+func (p *Process) follow(log io.Reader) {
+	defer close(p.read)
+	lines := bufio.NewScanner(log)
+	for lines.Scan() {
+		l := Line{Text: lines.Text()}
+		// What is not JSON, such as a panic, is kept as text.
+		if err := json.Unmarshal(lines.Bytes(), &l); err != nil {
+			l = Line{Text: lines.Text()}
+		}
+		p.add(func() { p.lines = append(p.lines, l) })
+	}
+	p.add(func() { p.ended = true })
+}
+
+func (p *Process) add(change func()) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	change()
+	close(p.more)
+	p.more = make(chan struct{})
+}
+
+// Lines returns the lines so far that match.
+func (p *Process) Lines(match func(Line) bool) []Line {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return slices.DeleteFunc(slices.Clone(p.lines), func(l Line) bool { return !match(l) })
+}
+
+// Wait waits until the log has n lines that match, and returns the last of
+// these.
+func (p *Process) Wait(ctx context.Context, n int, match func(Line) bool) (Line, error) {
+	for {
+		p.mu.Lock()
+		more, ended := p.more, p.ended
+		p.mu.Unlock()
+		if found := p.Lines(match); len(found) >= n {
+			return found[n-1], nil
+		}
+		if ended {
+			return Line{}, errors.New("the plugin exited")
+		}
+		select {
+		case <-more:
+		case <-ctx.Done():
+			return Line{}, fmt.Errorf("wait for the plugin's log: %w", context.Cause(ctx))
+		}
+	}
+}
+
+// Log returns the end of the log.
+func (p *Process) Log() string {
+	const most = 30
+	lines := p.Lines(func(Line) bool { return true })
+	var b strings.Builder
+	b.WriteString("the plugin's log:\n")
+	for _, l := range lines[max(0, len(lines)-most):] {
+		b.WriteString(l.Text + "\n")
+	}
+	return b.String()
+}
+
+// Kill kills the plugin as the kernel would, and waits until it is gone.
+func (p *Process) Kill() error {
+	p.over = true
+	if err := p.cmd.Process.Kill(); err != nil {
+		return fmt.Errorf("kill plugin: %w", err)
+	}
+	<-p.read
+	var exit *exec.ExitError
+	if err := p.cmd.Wait(); !errors.As(err, &exit) || exit.Sys().(syscall.WaitStatus).Signal() != syscall.SIGKILL {
+		return fmt.Errorf("killed plugin exited: %v", err)
+	}
+	return nil
+}
+
+// Stop asks the plugin to end, if it was not stopped or killed before. That it
+// does so without complaint is part of what a caller wants to know.
+func (p *Process) Stop() error {
+	if p.over {
+		return nil
+	}
+	p.over = true
+	if err := p.cmd.Process.Signal(syscall.SIGTERM); err != nil {
+		return fmt.Errorf("stop plugin: %w", err)
+	}
+	select {
+	case <-p.read:
+	case <-time.After(20 * time.Second):
+		return errors.Join(errors.New("the plugin did not stop when asked to, and was killed"), p.Kill())
+	}
+	if err := p.cmd.Wait(); err != nil {
+		return fmt.Errorf("stop plugin: %w", err)
+	}
+	return nil
+}
