@@ -173,7 +173,7 @@ func (h *holder) ask(t *testing.T, command, want string) {
 // page.
 func shared(t *testing.T, a, b *holder) int {
 	t.Helper()
-	return len(pages.Common(a.held(t), b.held(t)))
+	return len(pages.Common(pages.ByFrame(a.held(t)), pages.ByFrame(b.held(t))))
 }
 
 func (h *holder) held(t *testing.T) []pages.Page {

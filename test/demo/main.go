@@ -13,6 +13,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"sync"
 	"time"
 
 	"github.com/selective-ksm/selective-ksm/test/e2e/border"
@@ -34,19 +35,10 @@ const (
 	least = 95
 )
 
-// layout is who runs what.
-var layout = []struct {
-	pod        string
-	containers []string
-}{
-	{"shop", []string{"web", "worker"}},
-	{"bank", []string{"web", "worker"}},
-}
-
 // pluginConfig leaves the containers of a pod the time to fill their memory, so
 // that the first merge finds all of it.
-const pluginConfig = `startDelays: [5s]
-interval: 5s
+const pluginConfig = `startDelays: []
+interval: 8s
 logFormat: json
 `
 
@@ -94,32 +86,31 @@ func run(ctx context.Context, build string) (err error) {
 }
 
 func show(ctx context.Context, n *node.Node, p *plugin.Process) error {
+	say("Starting two pods of two containers, all with the same %d MiB of data.", dataMiB)
 	guard := border.Watch()
-	pods, containers, err := startPods(ctx, n, guard)
+	tenants, err := startTenants(ctx, n, guard)
 	if err == nil {
-		err = showMerges(ctx, p, containers)
+		err = showMerges(ctx, p, tenants)
 	}
 	if err == nil {
-		err = showPages(containers)
+		err = showPages(tenants)
 	}
 	guard.Sweep()
 	sweeps, crossings, guardErr := guard.Stop()
 	if err := errors.Join(err, guardErr); err != nil {
 		return err
 	}
-	say("  shop and bank              %5d   at any of %d looks since the start", len(crossings), sweeps)
+	say("  %-26s %5d   at any of %d looks since the start", "shop and bank", len(crossings), sweeps)
 	if len(crossings) > 0 {
 		return fmt.Errorf("pages crossed the border between pods: %v", crossings[0])
 	}
-	if err := checkData(ctx, containers); err != nil {
+	if err := checkData(ctx, tenants); err != nil {
 		return err
 	}
 	say("\nAll four containers have checked their data: not a bit has changed.")
 
-	for _, pod := range pods {
-		if err := pod.Remove(ctx); err != nil {
-			return err
-		}
+	if err := forEach(tenants, func(t *tenant) error { return t.pod.Remove(ctx) }); err != nil {
+		return err
 	}
 	if err := partition.WaitFor(ctx); err != nil {
 		return fmt.Errorf("after the pods were stopped: %w", err)
@@ -128,86 +119,107 @@ func show(ctx context.Context, n *node.Node, p *plugin.Process) error {
 	return nil
 }
 
-// startPods starts all pods and containers, and puts each under guard as soon
-// as it runs, which is before it is merged.
-func startPods(ctx context.Context, n *node.Node, guard *border.Guard) (pods []*node.Pod, containers []*node.Container, err error) {
-	say("Starting two pods of two containers, all with the same %d MiB of data.", dataMiB)
-	for _, l := range layout {
-		pod, err := n.RunPod(ctx, l.pod)
-		if err != nil {
-			return nil, nil, err
-		}
-		pods = append(pods, pod)
-		for _, name := range l.containers {
-			c, err := pod.Start(ctx, node.ContainerConfig{Name: name, MiB: dataMiB, Seed: seed})
-			if err != nil {
-				return nil, nil, err
-			}
-			guard.Add(border.Process{Tenant: l.pod, Name: name, PID: c.PID})
-			containers = append(containers, c)
-		}
-	}
-	for _, c := range containers {
-		if c.Hello.Sum != containers[0].Hello.Sum {
-			return nil, nil, fmt.Errorf("%s/%s does not hold the same data", c.Pod.Name, c.Name)
-		}
-	}
-	return pods, containers, nil
+// tenant is a pod with its containers.
+type tenant struct {
+	name       string
+	names      []string // of the containers to be
+	pod        *node.Pod
+	containers []*node.Container
 }
 
-// showMerges waits for each pod's first merge with all containers ready, and
-// prints what the plugin says of it.
-func showMerges(ctx context.Context, p *plugin.Process, containers []*node.Container) error {
-	say("\n%-11s %8s %8s %8s %8s  %s", "", "offered", "merged", "saved", "time", "partition")
-	for _, c := range containers {
-		l, err := p.Wait(ctx, 1, plugin.Merged(c.ID, podReady(c.Pod, containers)))
-		if err != nil {
-			return fmt.Errorf("first merge of %s/%s: %w", c.Pod.Name, c.Name, err)
+// startTenants starts all pods and containers, and puts each under guard as
+// soon as it runs, which is before it is merged.
+func startTenants(ctx context.Context, n *node.Node, guard *border.Guard) ([]*tenant, error) {
+	tenants := []*tenant{
+		{name: "shop", names: []string{"web", "worker"}},
+		{name: "bank", names: []string{"web", "worker"}},
+	}
+	err := forEach(tenants, func(t *tenant) (err error) {
+		if t.pod, err = n.RunPod(ctx, t.name); err != nil {
+			return err
 		}
-		say("%-11s %4d MiB %4d MiB %4d MiB %6.2f s  %s", c.Pod.Name+"/"+c.Name,
-			l.Offered/mib, l.Merged/mib, l.Saved/mib, l.Took().Seconds(), l.Partition)
-		if want := partition.OfPod(c.Pod.ID); l.Partition != want {
-			return fmt.Errorf("%s/%s was merged in %s, not in its pod's %s", c.Pod.Name, c.Name, l.Partition, want)
+		for _, name := range t.names {
+			c, err := t.pod.Start(ctx, node.ContainerConfig{Name: name, MiB: dataMiB, Seed: seed})
+			if err != nil {
+				return err
+			}
+			guard.Add(border.Process{Tenant: t.name, Name: name, PID: c.PID})
+			t.containers = append(t.containers, c)
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	sum := tenants[0].containers[0].Hello.Sum
+	for _, t := range tenants {
+		for _, c := range t.containers {
+			if c.Hello.Sum != sum {
+				return nil, fmt.Errorf("%s/%s does not hold the same data", t.name, c.Name)
+			}
+		}
+	}
+	return tenants, nil
+}
+
+// forEach does something for all tenants at once.
+func forEach(tenants []*tenant, do func(*tenant) error) error {
+	errs := make([]error, len(tenants))
+	var all sync.WaitGroup
+	for i, t := range tenants {
+		all.Go(func() { errs[i] = do(t) })
+	}
+	all.Wait()
+	return errors.Join(errs...)
+}
+
+// showMerges waits for each pod's first merge with all data there, and prints
+// what the plugin says of it.
+func showMerges(ctx context.Context, p *plugin.Process, tenants []*tenant) error {
+	say("\n%-11s %8s %8s %8s %8s  %s", "", "offered", "merged", "saved", "time", "partition")
+	for _, t := range tenants {
+		var ids []string
+		var ready time.Time
+		for _, c := range t.containers {
+			ids = append(ids, c.ID)
+			ready = c.Ready // they were started one after the other
+		}
+		lines, err := p.Merged(ctx, ready, ids...)
+		if err != nil {
+			return fmt.Errorf("first merge of pod %s: %w", t.name, err)
+		}
+		for _, l := range lines {
+			say("%-11s %4d MiB %4d MiB %4d MiB %6.2f s  %s", l.Pod+"/"+l.Container,
+				l.Offered/mib, l.Merged/mib, l.Saved/mib, l.Took().Seconds(), l.Partition)
+			if want := partition.OfPod(t.pod.ID); l.Partition != want {
+				return fmt.Errorf("%s/%s was merged in %s, not in its pod's %s", l.Pod, l.Container, l.Partition, want)
+			}
 		}
 	}
 	return nil
 }
 
-// podReady is when the last container of a pod had its memory filled.
-func podReady(pod *node.Pod, containers []*node.Container) (ready time.Time) {
-	for _, c := range containers {
-		if c.Pod == pod && c.Ready.After(ready) {
-			ready = c.Ready
-		}
-	}
-	return ready
-}
-
 // showPages counts the physical pages that the containers of each pod share.
-func showPages(containers []*node.Container) error {
+func showPages(tenants []*tenant) error {
 	say("\nPhysical pages that two processes have in common, from their page tables:")
-	for i, a := range containers {
-		for _, b := range containers[i+1:] {
-			if a.Pod != b.Pod {
-				continue
-			}
-			inA, err := data(a)
-			if err != nil {
-				return err
-			}
-			inB, err := data(b)
-			if err != nil {
-				return err
-			}
-			merged, err := pages.Merged(inA, inB)
-			if err != nil {
-				return err
-			}
-			say("  %-26s %5d   of %d with data, %.1f %%", a.Pod.Name+"/"+a.Name+" and "+b.Pod.Name+"/"+b.Name,
-				merged, len(inA), 100*float64(merged)/float64(len(inA)))
-			if merged*100 < len(inA)*least {
-				return fmt.Errorf("less than %d %% of the data in pod %s is merged", least, a.Pod.Name)
-			}
+	for _, t := range tenants {
+		a, b := t.containers[0], t.containers[1]
+		inA, err := data(a)
+		if err != nil {
+			return err
+		}
+		inB, err := data(b)
+		if err != nil {
+			return err
+		}
+		merged, err := pages.Merged(inA, inB)
+		if err != nil {
+			return err
+		}
+		say("  %-26s %5d   of %d with data, %.1f %%", t.name+"/"+a.Name+" and "+t.name+"/"+b.Name,
+			merged, len(inA), 100*float64(merged)/float64(len(inA)))
+		if merged*100 < len(inA)*least {
+			return fmt.Errorf("less than %d %% of the data in pod %s is merged", least, t.name)
 		}
 	}
 	return nil
@@ -217,17 +229,19 @@ func data(c *node.Container) ([]pages.Page, error) {
 	return pages.Range(c.PID, c.Hello.Start, c.Hello.End)
 }
 
-func checkData(ctx context.Context, containers []*node.Container) error {
-	for _, c := range containers {
-		r, err := c.Do(ctx, control.Request{Op: control.Check})
-		if err != nil {
-			return fmt.Errorf("%s/%s: %w", c.Pod.Name, c.Name, err)
+func checkData(ctx context.Context, tenants []*tenant) error {
+	return forEach(tenants, func(t *tenant) error {
+		for _, c := range t.containers {
+			r, err := c.Do(ctx, control.Request{Op: control.Check})
+			if err != nil {
+				return fmt.Errorf("%s/%s: %w", t.name, c.Name, err)
+			}
+			if r.Sum != c.Hello.Sum {
+				return fmt.Errorf("%s/%s: the data sums to %#x, summed to %#x before it was merged", t.name, c.Name, r.Sum, c.Hello.Sum)
+			}
 		}
-		if r.Sum != c.Hello.Sum {
-			return fmt.Errorf("%s/%s: the data sums to %#x, summed to %#x before it was merged", c.Pod.Name, c.Name, r.Sum, c.Hello.Sum)
-		}
-	}
-	return nil
+		return nil
+	})
 }
 
 func say(format string, args ...any) { fmt.Printf(format+"\n", args...) }

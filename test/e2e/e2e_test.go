@@ -189,14 +189,16 @@ func startPlugin(t *testing.T, n *node.Node, config string) *plugin.Process {
 	return p
 }
 
-// merged waits until each container has been merged with data that was there
-// at the given time.
+// merged waits for a merge of all containers of a partition that began after
+// since.
 func merged(t *testing.T, p *plugin.Process, since time.Time, containers ...*node.Container) {
 	t.Helper()
+	var ids []string
 	for _, c := range containers {
-		if _, err := p.Wait(deadline(t), 1, plugin.Merged(c.ID, since)); err != nil {
-			t.Fatalf("merge of %s/%s: %v", c.Pod.Name, c.Name, err)
-		}
+		ids = append(ids, c.ID)
+	}
+	if _, err := p.Merged(deadline(t), since, ids...); err != nil {
+		t.Fatalf("merge of pod %s: %v", containers[0].Pod.Name, err)
 	}
 }
 
@@ -289,7 +291,7 @@ func worker(seed uint64) node.ContainerConfig {
 const (
 	// late leaves the containers of a pod the time to fill their memory, so that
 	// the first merge finds all of it.
-	late = "startDelays: [4s]\ninterval: 4s\nlogFormat: json\n"
+	late = "startDelays: []\ninterval: 6s\nlogFormat: json\n"
 	// often merges a container again and again.
 	often = "startDelays: [0s, 1s]\ninterval: 1s\nlogFormat: json\n"
 )
@@ -375,7 +377,9 @@ func TestWritesDuringMerges(t *testing.T) {
 	// One merge to be sure that there was writing from its beginning to its
 	// end, and one more.
 	for range 2 {
-		merged(t, p, time.Now(), all...)
+		began := time.Now()
+		merged(t, p, began, shop.containers...)
+		merged(t, p, began, bank.containers...)
 	}
 	for i, r := range do(t, control.Request{Op: control.Settle}, all...) {
 		t.Logf("%s/%s wrote and checked %d times", all[i].Pod.Name, all[i].Name, r.Rounds)
@@ -390,7 +394,9 @@ func TestWritesDuringMerges(t *testing.T) {
 			t.Errorf("%s/%s: data sums to %#x, to %#x at first", all[i].Pod.Name, all[i].Name, r.Sum, all[i].Hello.Sum)
 		}
 	}
-	merged(t, p, time.Now(), all...)
+	written := time.Now()
+	merged(t, p, written, shop.containers...)
+	merged(t, p, written, bank.containers...)
 	wantMerged(t, shop.containers[0], shop.containers[1])
 	wantMerged(t, bank.containers[0], bank.containers[1])
 	unchanged(t, all...)
@@ -413,8 +419,8 @@ func TestPartitionByContainer(t *testing.T) {
 	if err := partition.WaitFor(deadline(t), partition.OfContainer(first.ID), partition.OfContainer(second.ID)); err != nil {
 		t.Error(err)
 	}
-	merged(t, p, shop.ready(), shop.containers...)
 	for _, c := range shop.containers {
+		merged(t, p, c.Ready, c)
 		middle := c.Hello.Start + (c.Hello.End-c.Hello.Start)/2
 		one, err := pages.Range(c.PID, c.Hello.Start, middle)
 		if err != nil {
@@ -498,56 +504,70 @@ func TestOptInRefused(t *testing.T) {
 // away; it comes back.
 func TestPluginKilled(t *testing.T) {
 	n := sharedNode(t)
-	p := startPlugin(t, n, late)
+	// Late enough for both pods to be there before the first merge.
+	p := startPlugin(t, n, "startDelays: []\ninterval: 15s\nlogFormat: json\n")
 	guard := border.Watch()
-	shop := run(t, n, guard, "shop", web(1), worker(1))
-	bank := run(t, n, guard, "bank", web(1), worker(1))
-	all := slices.Concat(shop.containers, bank.containers)
-	ofShop, ofBank := partition.OfPod(shop.ID), partition.OfPod(bank.ID)
+	// Enough for a merge to take its time.
+	const size = 32
+	one := run(t, n, guard, "shop",
+		node.ContainerConfig{Name: "web", MiB: size, Seed: 1}, node.ContainerConfig{Name: "worker", MiB: size, Seed: 1})
+	other := run(t, n, guard, "bank",
+		node.ContainerConfig{Name: "web", MiB: size, Seed: 1}, node.ContainerConfig{Name: "worker", MiB: size, Seed: 1})
 
-	mergeBegun(t, ofShop, ofBank)
+	// The pod that is being merged stays, the other one goes.
+	if !mergeBegun(t, partition.OfPod(one.ID), partition.OfPod(other.ID)) {
+		one, other = other, one
+	}
 	if err := p.Kill(); err != nil {
 		t.Fatal(err)
 	}
-	together, pages := common(t, shop.containers[0], shop.containers[1])
-	t.Logf("killed with %d of %d pages merged in shop", together, pages)
-	unchanged(t, all...)
+	together, pages := common(t, one.containers[0], one.containers[1])
+	t.Logf("killed with %d of %d pages merged in %s", together, pages, one.Name)
+	if together == 0 || together == pages {
+		t.Error("that was not in the middle of a merge")
+	}
+	unchanged(t, slices.Concat(one.containers, other.containers)...)
 
-	if err := bank.Remove(deadline(t)); err != nil {
+	if err := other.Remove(deadline(t)); err != nil {
 		t.Fatal(err)
 	}
-	if err := partition.WaitFor(deadline(t), ofShop, ofBank); err != nil {
+	if err := partition.WaitFor(deadline(t), partition.OfPod(one.ID), partition.OfPod(other.ID)); err != nil {
 		t.Fatalf("while the plugin is away: %v", err)
 	}
 	p = startPlugin(t, n, often)
-	if err := partition.WaitFor(deadline(t), ofShop); err != nil {
+	if err := partition.WaitFor(deadline(t), partition.OfPod(one.ID)); err != nil {
 		t.Errorf("after the plugin came back: %v", err)
 	}
-	merged(t, p, time.Now(), shop.containers...)
-	wantMerged(t, shop.containers[0], shop.containers[1])
-	unchanged(t, shop.containers...)
+	merged(t, p, time.Now(), one.containers...)
+	wantMerged(t, one.containers[0], one.containers[1])
+	unchanged(t, one.containers...)
 	stopGuard(t, guard)
-	if err := shop.Remove(deadline(t)); err != nil {
+	if err := one.Remove(deadline(t)); err != nil {
 		t.Error(err)
 	}
 	noPartitions(t)
 }
 
-// mergeBegun waits until a merge has got somewhere in one of the partitions.
-// It polls: a counter that changes wakes nobody.
-func mergeBegun(t *testing.T, names ...string) {
+// begun is how many pages a merge has saved that is well under way, and more
+// than a container has equal pages of its own.
+const begun = 512
+
+// mergeBegun waits until the merge of one of two partitions is under way, and
+// tells whether it is the first's. It polls: a counter that changes wakes
+// nobody.
+func mergeBegun(t *testing.T, first, second string) bool {
 	t.Helper()
 	ctx := deadline(t)
 	tick := time.NewTicker(time.Millisecond)
 	defer tick.Stop()
 	for {
-		for _, name := range names {
+		for _, name := range []string{first, second} {
 			n, err := partition.Counter(name, "pages_sharing")
 			if err != nil {
 				t.Fatal(err)
 			}
-			if n > 0 {
-				return
+			if n >= begun {
+				return name == first
 			}
 		}
 		select {

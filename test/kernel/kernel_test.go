@@ -184,7 +184,7 @@ func TestMergeInsidePartitionsOnly(t *testing.T) {
 	}
 	for _, p := range inA {
 		for _, q := range inB {
-			if common := pages.Common(p.pages(), q.pages()); len(common) > 0 {
+			if common := pages.Common(pages.ByFrame(p.pages()), pages.ByFrame(q.pages())); len(common) > 0 {
 				t.Errorf("%d physical pages in two partitions", len(common))
 			}
 		}

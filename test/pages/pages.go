@@ -6,6 +6,7 @@ package pages
 
 import (
 	"bufio"
+	"cmp"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -117,9 +118,9 @@ type Pair struct {
 	A, B  uint64 // addresses
 }
 
-// Common returns the frames that are in both a and b, each once.
+// Common returns the frames that are in both a and b, each once. Both must be as
+// ByFrame returns them.
 func Common(a, b []Page) []Pair {
-	a, b = byFrame(a), byFrame(b)
 	var common []Pair
 	for len(a) > 0 && len(b) > 0 {
 		switch {
@@ -137,7 +138,7 @@ func Common(a, b []Page) []Pair {
 
 // Merged returns how many frames KSM has merged that are in both a and b.
 func Merged(a, b []Page) (int, error) {
-	common := Common(a, b)
+	common := Common(ByFrame(a), ByFrame(b))
 	frames := make([]uint64, len(common))
 	for i, c := range common {
 		frames[i] = c.Frame
@@ -155,18 +156,10 @@ func Merged(a, b []Page) (int, error) {
 	return merged, nil
 }
 
-func byFrame(pages []Page) []Page {
+// ByFrame returns pages in the order of their frames, one for each frame.
+func ByFrame(pages []Page) []Page {
 	pages = slices.Clone(pages)
-	slices.SortFunc(pages, func(x, y Page) int {
-		switch {
-		case x.Frame < y.Frame:
-			return -1
-		case x.Frame > y.Frame:
-			return 1
-		default:
-			return 0
-		}
-	})
+	slices.SortStableFunc(pages, func(x, y Page) int { return cmp.Compare(x.Frame, y.Frame) })
 	return slices.CompactFunc(pages, func(x, y Page) bool { return x.Frame == y.Frame })
 }
 

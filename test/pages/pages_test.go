@@ -92,10 +92,10 @@ func TestCommon(t *testing.T) {
 	a := []Page{{0x1000, 5}, {0x2000, 3}, {0x3000, 9}, {0x4000, 3}}
 	b := []Page{{0x9000, 3}, {0x8000, 4}, {0x7000, 9}}
 	want := []Pair{{Frame: 3, A: 0x2000, B: 0x9000}, {Frame: 9, A: 0x3000, B: 0x7000}}
-	if got := Common(a, b); !slices.Equal(got, want) {
+	if got := Common(ByFrame(a), ByFrame(b)); !slices.Equal(got, want) {
 		t.Errorf("Common returned %v, want %v", got, want)
 	}
-	if got := Common(a, nil); len(got) != 0 {
+	if got := Common(ByFrame(a), nil); len(got) != 0 {
 		t.Errorf("Common with nothing returned %v", got)
 	}
 }

@@ -48,7 +48,7 @@ type Guard struct {
 
 // pause between two sweeps, so that the guard leaves the processors to what it
 // watches.
-const pause = 20 * time.Millisecond
+const pause = 100 * time.Millisecond
 
 // Watch starts a guard.
 func Watch() *Guard {
@@ -123,18 +123,15 @@ func (g *Guard) run(ctx context.Context) {
 	}
 }
 
-// Crossings looks once.
-func Crossings(processes ...Process) ([]Crossing, error) {
-	return sweep(processes, make(map[int]bool))
-}
-
+// sweep looks at all processes once, and notes in seen whose memory it saw.
 func sweep(processes []Process, seen map[int]bool) ([]Crossing, error) {
 	memory := make([][]pages.Page, len(processes))
 	for i, p := range processes {
-		var err error
-		if memory[i], err = pages.All(p.PID); err != nil && !gone(err) {
+		all, err := pages.All(p.PID)
+		if err != nil && !gone(err) {
 			return nil, err
 		}
+		memory[i] = pages.ByFrame(all)
 		if len(memory[i]) > 0 {
 			seen[p.PID] = true
 		}

@@ -48,15 +48,6 @@ type Line struct {
 // Took is how long a merge took.
 func (l Line) Took() time.Duration { return time.Duration(l.DurationMS * float64(time.Millisecond)) }
 
-// Merged matches the end of a merge of a container that began after since.
-func Merged(containerID string, since time.Time) func(Line) bool {
-	return func(l Line) bool {
-		// The log's time is of whole seconds, rounded down: at worst a merge
-		// that began in time does not count.
-		return l.Message == "merged" && l.ContainerID == containerID && l.Time.Add(-l.Took()).After(since)
-	}
-}
-
 // Process is a plugin that runs.
 type Process struct {
 	cmd  *exec.Cmd
@@ -141,6 +132,48 @@ func (p *Process) Wait(ctx context.Context, n int, match func(Line) bool) (Line,
 			return Line{}, fmt.Errorf("wait for the plugin's log: %w", context.Cause(ctx))
 		}
 	}
+}
+
+// Merged waits for a merge of these containers, which are of one partition and
+// all that it has, that began after since. It returns a line for each.
+func (p *Process) Merged(ctx context.Context, since time.Time, containerIDs ...string) ([]Line, error) {
+	for n := 1; ; n++ {
+		_, err := p.Wait(ctx, n, func(l Line) bool {
+			return l.Message == "merged" && slices.Contains(containerIDs, l.ContainerID)
+		})
+		if err != nil {
+			return nil, err
+		}
+		if lines := p.merge(since, containerIDs); lines != nil {
+			return lines, nil
+		}
+	}
+}
+
+// merge looks for a merge among the lines so far. One merge logs its containers
+// when it is done with all of them, each with the time that it took.
+func (p *Process) merge(since time.Time, containerIDs []string) []Line {
+	one := make(map[string]Line)
+	for _, l := range p.Lines(func(l Line) bool { return l.Message == "merged" && slices.Contains(containerIDs, l.ContainerID) }) {
+		if _, again := one[l.ContainerID]; again {
+			clear(one) // the next merge
+		}
+		if one[l.ContainerID] = l; len(one) < len(containerIDs) {
+			continue
+		}
+		// The log's time is of whole seconds, rounded down: at worst a merge
+		// that began in time does not count.
+		began := l.Time
+		var lines []Line
+		for _, id := range containerIDs {
+			began = began.Add(-one[id].Took())
+			lines = append(lines, one[id])
+		}
+		if began.After(since) {
+			return lines
+		}
+	}
+	return nil
 }
 
 // Log returns the end of the log.

@@ -49,7 +49,7 @@ func TestSameSeedSameData(t *testing.T) {
 }
 
 func TestPagesDifferAndDoNotCompress(t *testing.T) {
-	r := region(t, 1024, 7)
+	r := region(t, 256, 7)
 	seen := map[string]int{}
 	for p := range r.Pages() {
 		key := string(r.page(p))
