@@ -123,6 +123,11 @@ func (g *Guard) run(ctx context.Context) {
 	}
 }
 
+// Crossings looks once.
+func Crossings(processes ...Process) ([]Crossing, error) {
+	return sweep(processes, make(map[int]bool))
+}
+
 // sweep looks at all processes once, and notes in seen whose memory it saw.
 func sweep(processes []Process, seen map[int]bool) ([]Crossing, error) {
 	memory := make([][]pages.Page, len(processes))
