@@ -25,6 +25,7 @@ import (
 	"github.com/selective-ksm/selective-ksm/engine/kernel/sysfs"
 	"github.com/selective-ksm/selective-ksm/engine/optin"
 	"github.com/selective-ksm/selective-ksm/test/e2e/border"
+	"github.com/selective-ksm/selective-ksm/test/missing"
 	"github.com/selective-ksm/selective-ksm/test/pages"
 )
 
@@ -105,10 +106,7 @@ func selectiveKSM(t *testing.T) *sysfs.FS {
 	if err == nil {
 		return k
 	}
-	if os.Getenv("SELECTIVE_KSM_VM") != "" {
-		t.Fatal(err)
-	}
-	t.Skip(err)
+	missing.Skip(t, "%v", err)
 	return nil
 }
 

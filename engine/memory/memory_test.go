@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/selective-ksm/selective-ksm/engine/kernel"
+	"github.com/selective-ksm/selective-ksm/test/missing"
 )
 
 func TestCandidates(t *testing.T) {
@@ -115,7 +116,7 @@ func TestScan(t *testing.T) {
 	defer pagemap.Close()
 	got, err := scan(pagemap, at)
 	if errors.Is(err, unix.ENOTTY) {
-		t.Skip("this kernel has no PAGEMAP_SCAN (it came with 6.7)")
+		missing.Skip(t, "this kernel has no PAGEMAP_SCAN (it came with 6.7)")
 	}
 	if err != nil {
 		t.Fatal(err)
@@ -151,7 +152,7 @@ func TestFind(t *testing.T) {
 func TestMergeable(t *testing.T) {
 	mem, _ := mapping(t, 1)
 	if err := unix.Madvise(mem, unix.MADV_MERGEABLE); err != nil {
-		t.Skipf("this kernel has no KSM: %v", err)
+		missing.Skip(t, "this kernel has no KSM: %v", err)
 	}
 	if ok, err := Mergeable(os.Getpid()); err != nil || !ok {
 		t.Errorf("a process with a mergeable mapping: %v, %v", ok, err)

@@ -13,6 +13,8 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/selective-ksm/selective-ksm/test/missing"
 )
 
 // The test binary is the wrapper when it is called as one.
@@ -119,7 +121,7 @@ func TestExecOptsIn(t *testing.T) {
 		t.Fatal(err)
 	}
 	if err := unix.Prctl(unix.PR_GET_MEMORY_MERGE, 0, 0, 0, 0); err != nil {
-		t.Skipf("this kernel has no PR_SET_MEMORY_MERGE (it came with 6.4, and CONFIG_KSM): %v", err)
+		missing.Skip(t, "this kernel has no PR_SET_MEMORY_MERGE (it came with 6.4, and CONFIG_KSM): %v", err)
 	}
 	if !strings.Contains(string(smaps), " mg") {
 		t.Error("no mapping of the program is mergeable")

@@ -23,6 +23,7 @@ import (
 	"github.com/selective-ksm/selective-ksm/test/e2e/node"
 	"github.com/selective-ksm/selective-ksm/test/e2e/partition"
 	"github.com/selective-ksm/selective-ksm/test/e2e/plugin"
+	"github.com/selective-ksm/selective-ksm/test/missing"
 	"github.com/selective-ksm/selective-ksm/test/pages"
 	"github.com/selective-ksm/selective-ksm/test/workload/control"
 )
@@ -42,21 +43,11 @@ const build = "../../build"
 // program is the product.
 var program = filepath.Join(build, "bin/selective-ksm")
 
-// missing skips a test for want of something, or fails it where everything has
-// to be there.
-func missing(t *testing.T, format string, args ...any) {
-	t.Helper()
-	if os.Getenv("SELECTIVE_KSM_VM") != "" {
-		t.Fatalf(format, args...)
-	}
-	t.Skipf(format, args...)
-}
-
 // needProgram is for tests that only run the program.
 func needProgram(t *testing.T) {
 	t.Helper()
 	if _, err := os.Stat(program); err != nil {
-		missing(t, "not built: %v", err)
+		missing.Skip(t, "not built: %v", err)
 	}
 }
 
@@ -65,15 +56,15 @@ func needProgram(t *testing.T) {
 func needPartitions(t *testing.T) {
 	t.Helper()
 	if os.Getuid() != 0 {
-		missing(t, "not root")
+		missing.Skip(t, "not root")
 	}
 	if !partition.Supported() {
-		missing(t, "this kernel has no partitions in /sys/kernel/mm/ksm; make test boots one that has")
+		missing.Skip(t, "this kernel has no partitions in /sys/kernel/mm/ksm; make test boots one that has")
 	}
 	needProgram(t)
 	for _, path := range []string{node.Built(build).Tools, node.Built(build).Workload} {
 		if _, err := os.Stat(path); err != nil {
-			missing(t, "not built: %v", err)
+			missing.Skip(t, "not built: %v", err)
 		}
 	}
 }

@@ -11,6 +11,7 @@ import (
 	"testing"
 
 	"github.com/selective-ksm/selective-ksm/test/e2e/partition"
+	"github.com/selective-ksm/selective-ksm/test/missing"
 )
 
 // refusal runs the plugin, which has to refuse with one line, and returns it.
@@ -70,7 +71,7 @@ func TestRefusesBadConfiguration(t *testing.T) {
 
 func TestRefusesWithoutSocket(t *testing.T) {
 	if !partition.Supported() || os.Getuid() != 0 {
-		missing(t, "without root and partitions, that is what it says")
+		missing.Skip(t, "without root and partitions, that is what it says")
 	}
 	socket := filepath.Join(t.TempDir(), "nri.sock")
 	wantIn(t, refusal(t, nil, "-config", configFile(t, ""), "-socket", socket), socket)
@@ -78,7 +79,7 @@ func TestRefusesWithoutSocket(t *testing.T) {
 
 func TestRefusesOtherUsers(t *testing.T) {
 	if os.Getuid() != 0 {
-		missing(t, "not root, so it cannot become another user")
+		missing.Skip(t, "not root, so it cannot become another user")
 	}
 	nobody := &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
 	// By a relative path the program need not be reachable from the root.
@@ -90,7 +91,7 @@ func TestRefusesOtherKernels(t *testing.T) {
 		t.Skip("this kernel has partitions: the tests outside the VM see to this")
 	}
 	if os.Getuid() != 0 {
-		missing(t, "not root")
+		missing.Skip(t, "not root")
 	}
 	wantIn(t, refusal(t, nil, "-config", configFile(t, "")), "/sys/kernel/mm/ksm", "control")
 }

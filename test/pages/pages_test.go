@@ -7,6 +7,8 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/selective-ksm/selective-ksm/test/missing"
 )
 
 // mapping maps anonymous memory, small pages only, and returns it with the
@@ -14,7 +16,7 @@ import (
 func mapping(t *testing.T, pages int) ([]byte, uint64) {
 	t.Helper()
 	if os.Getuid() != 0 {
-		t.Skip("only root is shown the frames of a page table")
+		missing.Skip(t, "only root is shown the frames of a page table")
 	}
 	m, err := unix.Mmap(-1, 0, pages*os.Getpagesize(), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
 	if err != nil {

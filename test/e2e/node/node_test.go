@@ -6,18 +6,19 @@ import (
 	"testing"
 	"time"
 
+	"github.com/selective-ksm/selective-ksm/test/missing"
 	"github.com/selective-ksm/selective-ksm/test/workload/control"
 )
 
 // TestPod runs a pod without any plugin: what it needs is containerd alone.
 func TestPod(t *testing.T) {
 	if os.Getuid() != 0 {
-		t.Skip("containerd runs as root here")
+		missing.Skip(t, "containerd runs as root here")
 	}
 	config := Built("../../../build")
 	for _, path := range []string{config.Tools, config.Workload} {
 		if _, err := os.Stat(path); err != nil {
-			t.Skipf("not built: %v", err)
+			missing.Skip(t, "not built: %v", err)
 		}
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
