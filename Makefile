@@ -6,7 +6,7 @@
 # kernel, containerd) stay in the user's cache directory; all else goes to build/.
 
 export PATH := $(shell test/tools/toolchain):$(PATH)
-export CGO_ENABLED ?= 0
+export CGO_ENABLED := 0
 
 STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.1
 KERNEL := build/kernel/selective-ksm/bzImage
@@ -35,7 +35,7 @@ check: packages build/bin/selective-ksm
 .PHONY: test-vm
 test-vm: packages kernel tools build/bin/selective-ksm build/bin/workload build/bin/demo build/bin/vm
 	SELECTIVE_KSM_KERNEL=$(CURDIR)/$(KERNEL) go test -count=1 ./test/vm/...
-	go test -count=1 -p 1 -exec "$(VM) -env SELECTIVE_KSM_VM=1 --" ./test/kernel ./engine ./test/e2e
+	go test -count=1 -p 1 -exec "$(VM) -env SELECTIVE_KSM_VM=1 --" ./engine/... ./test/kernel ./test/pages ./test/e2e/...
 	$(VM) -- build/bin/demo
 
 .PHONY: kernel
