@@ -126,7 +126,9 @@ func runPlugin(args []string) error {
 	}
 
 	log := logrus.New()
-	setLog(log, cfg)
+	if err := setLog(log, cfg); err != nil {
+		return fmt.Errorf("%s: %w", path, err)
+	}
 	e := engine.New(engine.Options{
 		Kernel:      ksm,
 		Owned:       config.Owned,
@@ -135,9 +137,12 @@ func runPlugin(args []string) error {
 		Log:         log,
 	})
 	o.Engine, o.Log = e, log
-	o.Apply = func(c config.Config) {
-		setLog(log, c)
+	o.Apply = func(c config.Config) error {
+		if err := setLog(log, c); err != nil {
+			return err
+		}
 		e.SetSchedule(c.StartDelays, c.Interval)
+		return nil
 	}
 
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
@@ -151,8 +156,16 @@ func runPlugin(args []string) error {
 	return plugin.Run(ctx, o)
 }
 
-// setLog makes the log as it is configured.
-func setLog(log *logrus.Logger, c config.Config) {
+// setLog makes the log as it is configured, or leaves it as it was.
+func setLog(log *logrus.Logger, c config.Config) error {
+	if c.LogFile != "" {
+		// Open until the process ends: a configuration comes only once.
+		file, err := os.OpenFile(c.LogFile, os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o640)
+		if err != nil {
+			return fmt.Errorf("logFile: %w: name a file that can be written", err)
+		}
+		log.SetOutput(file)
+	}
 	// The configuration has been checked for a level that there is.
 	if level, err := logrus.ParseLevel(c.LogLevel); err == nil {
 		log.SetLevel(level)
@@ -162,6 +175,7 @@ func setLog(log *logrus.Logger, c config.Config) {
 	} else {
 		log.SetFormatter(&logrus.TextFormatter{FullTimestamp: true})
 	}
+	return nil
 }
 
 // version is set when a release is built.

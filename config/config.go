@@ -47,10 +47,12 @@ type Config struct {
 	StartDelays []time.Duration
 	// Interval is the time from the end of one merge of a partition to its next.
 	Interval time.Duration
-	// Wrapper is the path, on the host, of the static selective-ksm binary that
-	// is bind-mounted into containers to opt their memory in. Empty means the
-	// running executable.
+	// Wrapper is the path of the static selective-ksm binary of which containers
+	// get a copy, to opt their memory in. Empty means the running executable.
 	Wrapper string
+	// LogFile is the path of a file that the log is appended to. Empty means
+	// standard error.
+	LogFile string
 	// LogLevel is the least severe level that is logged: error, warning, info or
 	// debug.
 	LogLevel string
@@ -100,11 +102,10 @@ var fields = map[string]func(*Config, *yaml.Node) error{
 		return duration(n, &c.Interval, minInterval)
 	},
 	"wrapper": func(c *Config, n *yaml.Node) error {
-		if n.Kind != yaml.ScalarNode || !filepath.IsAbs(n.Value) {
-			return fmt.Errorf("%s is not an absolute path: write the path of the selective-ksm binary on the host", shown(n))
-		}
-		c.Wrapper = filepath.Clean(n.Value)
-		return nil
+		return path(n, &c.Wrapper, "the selective-ksm binary, or \"\" for the one that runs")
+	},
+	"logFile": func(c *Config, n *yaml.Node) error {
+		return path(n, &c.LogFile, "a file, or \"\" for standard error")
 	},
 	"logLevel": func(c *Config, n *yaml.Node) error {
 		return oneOf(n, &c.LogLevel, logLevels...)
@@ -203,6 +204,18 @@ func duration(n *yaml.Node, into *time.Duration, least time.Duration) error {
 		return fmt.Errorf("%s is too short: write %s or more", shown(n), least)
 	}
 	*into = d
+	return nil
+}
+
+func path(n *yaml.Node, into *string, of string) error {
+	switch {
+	case n.Kind == yaml.ScalarNode && filepath.IsAbs(n.Value):
+		*into = filepath.Clean(n.Value)
+	case n.Kind == yaml.ScalarNode && n.Value == "" && n.Tag != "!!null":
+		*into = ""
+	default:
+		return fmt.Errorf("%s is not an absolute path: write the path of %s", shown(n), of)
+	}
 	return nil
 }
 

@@ -30,6 +30,9 @@ func (p *plugin) Configure(_ context.Context, text, runtime, version string) (ap
 	}
 	c, err := config.Parse([]byte(text))
 	if err == nil {
+		err = p.Apply(c)
+	}
+	if err == nil {
 		err = p.use(c)
 	}
 	if err != nil {
@@ -37,7 +40,6 @@ func (p *plugin) Configure(_ context.Context, text, runtime, version string) (ap
 		p.change(func(s *state) { s.refused = err })
 		return 0, err
 	}
-	p.Apply(c)
 	return 0, nil
 }
 

@@ -53,8 +53,8 @@ type Options struct {
 	// Config is the configuration. Where it is nil, the runtime gives it: that of
 	// its own directory to a plugin that it launched, none to others.
 	Config *config.Config
-	// Apply is called with a configuration that the runtime gave.
-	Apply func(config.Config)
+	// Apply is called with a configuration that the runtime gave. An error refuses it.
+	Apply func(config.Config) error
 	// Engine does the work.
 	Engine Engine
 	// Log gets one line for each container that is not merged, with the reason.
