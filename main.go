@@ -136,7 +136,7 @@ func runPlugin(args []string) error {
 		Interval:    cfg.Interval,
 		Log:         log,
 	})
-	o.Engine, o.Log = e, log
+	o.Engine, o.Log, o.Dir = e, log, plugin.DefaultDir
 	o.Apply = func(c config.Config) error {
 		if err := setLog(log, c); err != nil {
 			return err

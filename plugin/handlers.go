@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"time"
 
 	"github.com/containerd/nri/pkg/api"
@@ -29,17 +30,19 @@ func (p *plugin) Configure(_ context.Context, text, runtime, version string) (ap
 		return 0, nil
 	}
 	c, err := config.Parse([]byte(text))
+	var wrapper string
 	if err == nil {
-		err = p.Apply(c)
+		wrapper, err = p.prepare(c)
 	}
 	if err == nil {
-		err = p.use(c)
+		err = p.Apply(c)
 	}
 	if err != nil {
 		err = fmt.Errorf("%w (%s %s): %w", ErrConfig, runtime, version, err)
 		p.change(func(s *state) { s.refused = err })
 		return 0, err
 	}
+	p.use(c, wrapper)
 	return 0, nil
 }
 
@@ -49,11 +52,17 @@ func (p *plugin) Synchronize(_ context.Context, pods []*api.PodSandbox, containe
 	for _, pod := range pods {
 		sandboxes[pod.GetId()] = pod
 	}
+	there := map[string]bool{}
+	for _, ctr := range containers {
+		there[ctr.GetId()] = true
+	}
+	p.change(func(s *state) { maps.DeleteFunc(s.told, func(id, _ string) bool { return !there[id] }) })
+
 	var created, running []engine.Container
 	for _, ctr := range containers {
 		c, err := p.assign(sandboxes[ctr.GetPodSandboxId()], ctr)
 		if err != nil {
-			notMerged(p.log(sandboxes[ctr.GetPodSandboxId()], ctr), err)
+			p.notMerged(sandboxes[ctr.GetPodSandboxId()], ctr, err)
 			continue
 		}
 		switch ctr.GetState() {
@@ -76,7 +85,7 @@ func (p *plugin) Synchronize(_ context.Context, pods []*api.PodSandbox, containe
 func (p *plugin) CreateContainer(ctx context.Context, pod *api.PodSandbox, ctr *api.Container) (*api.ContainerAdjustment, []*api.ContainerUpdate, error) {
 	adjustment, err := p.create(ctx, pod, ctr)
 	if err != nil {
-		notMerged(p.log(pod, ctr), err)
+		p.notMerged(pod, ctr, err)
 	}
 	return adjustment, nil, nil
 }
@@ -113,6 +122,7 @@ func (p *plugin) StopContainer(_ context.Context, _ *api.PodSandbox, ctr *api.Co
 // RemoveContainer comes for containers that were never started, too.
 func (p *plugin) RemoveContainer(_ context.Context, _ *api.PodSandbox, ctr *api.Container) error {
 	p.Engine.Stop(ctr.GetId())
+	p.change(func(s *state) { delete(s.told, ctr.GetId()) })
 	return nil
 }
 
@@ -160,10 +170,10 @@ func (p *plugin) wrap(ctr *api.Container) (*api.ContainerAdjustment, error) {
 	if optin.Wrapped(binaryPath, command) {
 		return nil, nil
 	}
-	// Once more for each container: the file may have gone since, and mounting what
-	// is not there would fail the container.
+	// For each container: the file may have gone, and mounting what is not there
+	// would fail the container.
 	wrapper := p.get().wrapper
-	if err := optin.CheckBinary(wrapper); err != nil {
+	if err := wrapperRuns(wrapper, ctr); err != nil {
 		return nil, err
 	}
 	adjustment := &api.ContainerAdjustment{}
@@ -178,14 +188,21 @@ func (p *plugin) wrap(ctr *api.Container) (*api.ContainerAdjustment, error) {
 	return adjustment, nil
 }
 
-// log is the log for what concerns a container.
-func (p *plugin) log(pod *api.PodSandbox, ctr *api.Container) logrus.FieldLogger {
-	return p.Log.WithFields(logrus.Fields{
-		"pod": pod.GetName(), "namespace": pod.GetNamespace(), "container": ctr.GetName(), "container_id": ctr.GetId(),
+// notMerged logs why a container is left alone, once for each reason: the runtime
+// tells of all containers whenever we connect to it.
+func (p *plugin) notMerged(pod *api.PodSandbox, ctr *api.Container, reason error) {
+	told := false
+	p.change(func(s *state) {
+		told = s.told[ctr.GetId()] == reason.Error()
+		if s.told == nil {
+			s.told = map[string]string{}
+		}
+		s.told[ctr.GetId()] = reason.Error()
 	})
-}
-
-// notMerged says why a container is left alone.
-func notMerged(log logrus.FieldLogger, reason error) {
-	log.WithError(reason).Warn("container is not merged")
+	if told {
+		return
+	}
+	p.Log.WithFields(logrus.Fields{
+		"pod": pod.GetName(), "namespace": pod.GetNamespace(), "container": ctr.GetName(), "container_id": ctr.GetId(),
+	}).WithError(reason).Warn("container is not merged")
 }

@@ -12,11 +12,13 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"path"
 	"sync"
 	"time"
 
 	"github.com/containerd/nri/pkg/api"
 	"github.com/containerd/nri/pkg/stub"
+	"github.com/containerd/ttrpc"
 	"github.com/sirupsen/logrus"
 
 	"github.com/selective-ksm/selective-ksm/config"
@@ -55,9 +57,13 @@ type Options struct {
 	Config *config.Config
 	// Apply is called with a configuration that the runtime gave. An error refuses it.
 	Apply func(config.Config) error
+	// Dir is a directory of the plugin's own, at the same path for the runtime. It
+	// is made if it is not there.
+	Dir string
 	// Engine does the work.
 	Engine Engine
-	// Log gets one line for each container that is not merged, with the reason.
+	// Log gets one line for each container that is not merged, with the reason, and
+	// for debugging one for each event, with the time that it took to answer it.
 	Log logrus.FieldLogger
 }
 
@@ -75,9 +81,11 @@ var ErrConfig = errors.New("configuration from the runtime")
 func Run(ctx context.Context, o Options) error {
 	p := &plugin{Options: o}
 	if o.Config != nil {
-		if err := p.use(*o.Config); err != nil {
+		wrapper, err := p.prepare(*o.Config)
+		if err != nil {
 			return err
 		}
+		p.use(*o.Config, wrapper)
 	}
 	retry := minRetry
 	for connected := false; ; {
@@ -117,7 +125,9 @@ type plugin struct {
 // state is what handlers read and change.
 type state struct {
 	policy  config.Config
-	wrapper string // path on the host
+	wrapper string // path on the host of our copy
+	// told is why containers are not merged, by id, for each that was logged.
+	told map[string]string
 	// configured and synchronized are what has happened on this connection.
 	configured, synchronized bool
 	// refused is what is wrong with the configuration that the runtime gave.
@@ -143,7 +153,10 @@ var errConnect = errors.New("NRI")
 func (p *plugin) serve(ctx context.Context) error {
 	p.change(func(s *state) { s.configured, s.synchronized = false, false })
 
-	options := []stub.Option{stub.WithLogger(debugLog{p.Log})}
+	options := []stub.Option{
+		stub.WithLogger(debugLog{p.Log}),
+		stub.WithTTRPCOptions(nil, []ttrpc.ServerOpt{ttrpc.WithUnaryServerInterceptor(p.timed)}),
+	}
 	if !Launched() {
 		conn, err := new(net.Dialer).DialContext(ctx, "unix", p.Socket)
 		if err != nil {
@@ -189,21 +202,35 @@ func (p *plugin) serve(ctx context.Context) error {
 	}
 }
 
-// use takes a configuration.
-func (p *plugin) use(c config.Config) error {
-	wrapper := c.Wrapper
+// prepare makes what a configuration asks for, and changes nothing yet. It returns
+// the path of the wrapper for containers.
+func (p *plugin) prepare(c config.Config) (wrapper string, err error) {
+	wrapper = c.Wrapper
 	if wrapper == "" {
-		self, err := os.Executable()
-		if err != nil {
-			return fmt.Errorf("path of this program: %w: set wrapper in the configuration", err)
+		if wrapper, err = os.Executable(); err != nil {
+			return "", fmt.Errorf("path of this program: %w: set wrapper in the configuration", err)
 		}
-		wrapper = self
 	}
 	if err := optin.CheckBinary(wrapper); err != nil {
-		return err
+		return "", err
 	}
+	return keepWrapper(p.Dir, wrapper)
+}
+
+// use takes a configuration.
+func (p *plugin) use(c config.Config, wrapper string) {
 	p.change(func(s *state) { s.policy, s.wrapper = c, wrapper })
-	return nil
+}
+
+// timed lets a handler answer the runtime, which disconnects a plugin that takes
+// too long.
+func (p *plugin) timed(ctx context.Context, request ttrpc.Unmarshaler, info *ttrpc.UnaryServerInfo, handle ttrpc.Method) (any, error) {
+	begin := time.Now()
+	reply, err := handle(ctx, request)
+	p.Log.WithFields(logrus.Fields{
+		"event": path.Base(info.FullMethod), "duration_ms": float64(time.Since(begin).Microseconds()) / 1000,
+	}).Debug("answered the runtime")
+	return reply, err
 }
 
 // debugLog is the stub's log. What matters in it comes back as an error too.

@@ -1,10 +1,7 @@
 package plugin
 
 import (
-	"bytes"
 	"context"
-	"debug/elf"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -81,7 +78,10 @@ func (r *recorder) Reconcile(created, running []engine.Container) error {
 func TestMain(m *testing.M) {
 	if Launched() {
 		log, _ := logtest.NewNullLogger()
-		if err := Run(context.Background(), Options{Apply: func(config.Config) error { return nil }, Engine: &recorder{}, Log: log}); err != nil {
+		if err := Run(context.Background(), Options{
+			// The runtime gives it no environment.
+			Apply: func(config.Config) error { return nil }, Dir: own(filepath.Dir(os.Args[0])), Engine: &recorder{}, Log: log,
+		}); err != nil {
 			os.Exit(1)
 		}
 		os.Exit(0)
@@ -95,20 +95,16 @@ func TestMain(m *testing.M) {
 // configuration is one with a wrapper that could be given to containers.
 func configuration(t *testing.T) config.Config {
 	t.Helper()
-	var header bytes.Buffer
-	if err := binary.Write(&header, binary.LittleEndian, elf.Header64{
-		Ident: [elf.EI_NIDENT]byte{0x7f, 'E', 'L', 'F', byte(elf.ELFCLASS64), byte(elf.ELFDATA2LSB), byte(elf.EV_CURRENT)},
-		Type:  uint16(elf.ET_EXEC), Machine: uint16(elf.EM_X86_64), Version: uint32(elf.EV_CURRENT),
-	}); err != nil {
-		t.Fatal(err)
-	}
 	c := config.Default()
-	c.Wrapper = filepath.Join(t.TempDir(), "selective-ksm")
-	if err := os.WriteFile(c.Wrapper, header.Bytes(), 0o755); err != nil {
-		t.Fatal(err)
-	}
+	c.Wrapper = static(t)
 	return c
 }
+
+// own is the plugin's directory in a test's.
+func own(dir string) string { return filepath.Join(dir, "own") }
+
+// copied is the wrapper that containers get.
+func copied(dir string) string { return filepath.Join(own(dir), "optin") }
 
 const (
 	podID = "aaaabbbbccccddddeeeeffff0000111122223333444455556666777788889999"
@@ -189,7 +185,7 @@ func start(t *testing.T, dir string, c *config.Config, e Engine) (stop func() er
 	go func() {
 		ended <- Run(ctx, Options{
 			Name: "selective-ksm", Index: "90", Socket: filepath.Join(dir, "nri.sock"),
-			Config: c, Apply: func(config.Config) error { return nil }, Engine: e, Log: logger,
+			Config: c, Dir: own(dir), Engine: e, Log: logger,
 		})
 	}()
 	return sync.OnceValue(func() error {
@@ -289,7 +285,7 @@ func TestOverTheProtocol(t *testing.T) {
 		t.Errorf("arguments are %q, want %q", adjusted.GetArgs(), want)
 	}
 	mounts := adjusted.GetMounts()
-	if len(mounts) != 1 || mounts[0].Source != c.Wrapper || mounts[0].Destination != "/.selective-ksm" ||
+	if len(mounts) != 1 || mounts[0].Source != copied(l.dir) || mounts[0].Destination != "/.selective-ksm" ||
 		mounts[0].Type != "bind" || !slices.Equal(mounts[0].Options, []string{"bind", "rprivate", "ro", "exec"}) {
 		t.Errorf("mounts are %v", mounts)
 	}
@@ -369,17 +365,62 @@ func TestNotMerged(t *testing.T) {
 	}
 	expect(t, e, "add c6 to "+podOf)
 
-	// The wrapper vanishes, as in an upgrade.
+	// The program is removed: containers have the copy.
 	if err := os.Remove(c.Wrapper); err != nil {
 		t.Fatal(err)
 	}
-	if a := r.create(t, ctr("c7", 0, "sh")); len(a.GetArgs()) != 0 {
+	if a := r.create(t, ctr("c7", 0, "sh")); len(a.GetMounts()) != 1 || a.GetMounts()[0].Source != copied(dir) {
+		t.Errorf("not wrapped: %v", a)
+	}
+	expect(t, e, "add c7 to "+podOf)
+
+	if err := os.Remove(copied(dir)); err != nil {
+		t.Fatal(err)
+	}
+	if a := r.create(t, ctr("c8", 0, "sh")); len(a.GetArgs()) != 0 || len(a.GetMounts()) != 0 {
 		t.Errorf("wrapped with nothing: %v", a)
 	}
 	expect(t, e)
-	want := "wrapper: stat " + c.Wrapper + ": no such file or directory"
+	want := "wrapper: stat " + copied(dir) + ": no such file or directory"
 	if entry := log.LastEntry(); entry == nil || fmt.Sprint(entry.Data["error"]) != want {
 		t.Errorf("logged %v, want %s", entry, want)
+	}
+}
+
+// A reason is logged once for a container, however often the runtime tells of it.
+func TestToldOnce(t *testing.T) {
+	c := configuration(t)
+	log, hook := logtest.NewNullLogger()
+	p := &plugin{Options: Options{Engine: &recorder{}, Log: log}, state: state{policy: c}}
+	lost := &api.Container{Id: "lost", Name: "lost"}
+	synchronize := func(containers ...*api.Container) {
+		t.Helper()
+		if _, err := p.Synchronize(t.Context(), nil, containers); err != nil {
+			t.Fatal(err)
+		}
+	}
+	told := func(want int) {
+		t.Helper()
+		entries := slices.DeleteFunc(hook.AllEntries(), func(e *logrus.Entry) bool { return e.Message != "container is not merged" })
+		if len(entries) != want {
+			t.Errorf("told %d times, want %d", len(entries), want)
+		}
+	}
+	for range 3 {
+		synchronize(lost)
+	}
+	told(1)
+	// It gets a pod, and another reason.
+	if _, _, err := p.CreateContainer(t.Context(), pod(), lost); err != nil {
+		t.Fatal(err)
+	}
+	told(2)
+	// Nothing is kept of containers that are gone.
+	synchronize()
+	synchronize(lost)
+	told(3)
+	if err := p.RemoveContainer(t.Context(), nil, lost); err != nil || len(p.get().told) != 0 {
+		t.Errorf("kept %v, %v", p.get().told, err)
 	}
 }
 
@@ -416,7 +457,7 @@ func TestLaunched(t *testing.T) {
 	defer r.Stop()
 	// The one that was given a bad configuration is gone, and fails nothing.
 	adjusted := r.create(t, ctr("c1", 0, "sh"))
-	if mounts := adjusted.GetMounts(); len(mounts) != 1 || mounts[0].Source != c.Wrapper {
+	if mounts := adjusted.GetMounts(); len(mounts) != 1 || mounts[0].Source != copied(filepath.Join(dir, "plugins")) {
 		t.Errorf("mounts are %v", mounts)
 	}
 }
@@ -424,7 +465,14 @@ func TestLaunched(t *testing.T) {
 func TestConfigure(t *testing.T) {
 	c := configuration(t)
 	log, _ := logtest.NewNullLogger()
-	p := &plugin{Options: Options{Apply: func(c config.Config) error { return nil }, Log: log}}
+	var applied []config.Config
+	var unfit error
+	p := &plugin{Options: Options{Dir: own(t.TempDir()), Log: log, Apply: func(c config.Config) error {
+		if unfit == nil {
+			applied = append(applied, c)
+		}
+		return unfit
+	}}}
 	if _, err := p.Configure(t.Context(), "partitionBy: container\nwrapper: "+c.Wrapper, "runtime", "v1.2.3"); err != nil {
 		t.Fatal(err)
 	}
@@ -439,9 +487,13 @@ func TestConfigure(t *testing.T) {
 			t.Errorf("error is\n\t%v\nwant\n\t%s", err, want)
 		}
 	}
+	unfit = errors.New("logFile: it is a directory")
+	if _, err := p.Configure(t.Context(), "wrapper: "+c.Wrapper, "runtime", "v1.2.3"); !errors.Is(err, unfit) || !errors.Is(err, ErrConfig) {
+		t.Errorf("error of what cannot be applied is %v", err)
+	}
 	// What was refused has changed nothing.
-	if !reflect.DeepEqual(p.get().policy, want) {
-		t.Errorf("uses %+v", p.get().policy)
+	if !reflect.DeepEqual(applied, []config.Config{want}) || !reflect.DeepEqual(p.get().policy, want) {
+		t.Errorf("applied %+v", applied)
 	}
 	p.Config = &c
 	if _, err := p.Configure(t.Context(), "partitionBy: node", "runtime", "v1.2.3"); err != nil {
@@ -463,7 +515,7 @@ func TestCannotStart(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			log, _ := logtest.NewNullLogger()
-			err := Run(t.Context(), Options{Socket: filepath.Join(dir, "nri.sock"), Config: &tc.config, Engine: &recorder{}, Log: log})
+			err := Run(t.Context(), Options{Socket: filepath.Join(dir, "nri.sock"), Config: &tc.config, Dir: own(dir), Engine: &recorder{}, Log: log})
 			if err == nil || err.Error() != tc.want {
 				t.Errorf("error is\n\t%v\nwant\n\t%s", err, tc.want)
 			}
