@@ -5,7 +5,11 @@
 # Each sets up what it needs, Debian's packages included. Slow builds (the
 # kernel, containerd) stay in the user's cache directory; all else goes to build/.
 
-export PATH := $(shell test/tools/toolchain):$(PATH)
+TOOLCHAIN := $(shell test/tools/toolchain)
+ifeq ($(TOOLCHAIN),)
+$(error no Go to build with: see above)
+endif
+export PATH := $(TOOLCHAIN):$(PATH)
 export CGO_ENABLED := 0
 
 STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.1
@@ -36,7 +40,7 @@ check: packages build/bin/selective-ksm
 test-vm: packages kernel tools build/bin/selective-ksm build/bin/workload build/bin/demo build/bin/vm
 	SELECTIVE_KSM_KERNEL=$(CURDIR)/$(KERNEL) go test -count=1 ./test/vm/...
 	go test -count=1 -p 1 -exec "$(VM) -env SELECTIVE_KSM_VM=1 --" ./engine/... ./test/kernel ./test/pages ./test/e2e/...
-	$(VM) -- build/bin/demo
+	$(MAKE) demo
 
 .PHONY: kernel
 kernel:

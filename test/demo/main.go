@@ -35,12 +35,13 @@ const (
 	least = 95
 )
 
-// pluginConfig leaves the containers of a pod the time to fill their memory, so
-// that the first merge finds all of it.
-const pluginConfig = `startDelays: []
-interval: 8s
-logFormat: json
-`
+// The plugin merges nothing while the containers fill their memory. Then it is
+// started anew, takes over what runs, and merges it: so the first merge finds all
+// of the data.
+const (
+	whileFilling = "startDelays: []\ninterval: 1000h\nlogFormat: json\n"
+	whenFilled   = "startDelays: [0s]\ninterval: 1000h\nlogFormat: json\n"
+)
 
 func main() {
 	build := flag.String("build", "build", "directory with what make has built")
@@ -68,11 +69,16 @@ func run(ctx context.Context, build string) (err error) {
 		}
 		err = errors.Join(err, n.Stop(context.WithoutCancel(ctx)))
 	}()
-	config := n.Path("selective-ksm.yaml")
-	if err := os.WriteFile(config, []byte(pluginConfig), 0o644); err != nil {
+	return show(ctx, n, filepath.Join(build, "bin", "selective-ksm"))
+}
+
+// withPlugin does something while the plugin runs.
+func withPlugin(ctx context.Context, n *node.Node, program, config string, do func(*plugin.Process) error) (err error) {
+	path := n.Path("selective-ksm.yaml")
+	if err := os.WriteFile(path, []byte(config), 0o644); err != nil {
 		return err
 	}
-	p, err := plugin.Start(ctx, filepath.Join(build, "bin", "selective-ksm"), config, n.NRISocket())
+	p, err := plugin.Start(ctx, program, path, n.NRISocket())
 	if err != nil {
 		return err
 	}
@@ -82,22 +88,38 @@ func run(ctx context.Context, build string) (err error) {
 			err = fmt.Errorf("%w\n%s", err, p.Log())
 		}
 	}()
-	return show(ctx, n, p)
+	return do(p)
 }
 
-func show(ctx context.Context, n *node.Node, p *plugin.Process) error {
-	say("Starting two pods of two containers, all with the same %d MiB of data.", dataMiB)
+func show(ctx context.Context, n *node.Node, program string) error {
 	guard := border.Watch()
-	tenants, err := startTenants(ctx, n, guard)
+	var tenants []*tenant
+	err := withPlugin(ctx, n, program, whileFilling, func(*plugin.Process) (err error) {
+		say("Starting two pods of two containers, all with the same %d MiB of data.", dataMiB)
+		tenants, err = startTenants(ctx, n, guard)
+		return err
+	})
 	if err == nil {
-		err = showMerges(ctx, p, tenants)
+		err = withPlugin(ctx, n, program, whenFilled, func(p *plugin.Process) error {
+			return showTenants(ctx, p, guard, tenants)
+		})
 	}
-	if err == nil {
-		err = showPages(tenants)
+	if _, _, guardErr := guard.Stop(); err == nil {
+		err = guardErr
+	}
+	return err
+}
+
+func showTenants(ctx context.Context, p *plugin.Process, guard *border.Guard, tenants []*tenant) error {
+	if err := showMerges(ctx, p, tenants); err != nil {
+		return err
+	}
+	if err := showPages(tenants); err != nil {
+		return err
 	}
 	guard.Sweep()
-	sweeps, crossings, guardErr := guard.Stop()
-	if err := errors.Join(err, guardErr); err != nil {
+	sweeps, crossings, err := guard.Stop()
+	if err != nil {
 		return err
 	}
 	say("  %-26s %5d   at any of %d looks since the start", "shop and bank", len(crossings), sweeps)
@@ -173,8 +195,8 @@ func forEach(tenants []*tenant, do func(*tenant) error) error {
 	return errors.Join(errs...)
 }
 
-// showMerges waits for each pod's first merge with all data there, and prints
-// what the plugin says of it.
+// showMerges waits for each pod's first merge, and prints what the plugin says of
+// it.
 func showMerges(ctx context.Context, p *plugin.Process, tenants []*tenant) error {
 	say("\n%-11s %8s %8s %8s %8s  %s", "", "offered", "merged", "saved", "time", "partition")
 	for _, t := range tenants {

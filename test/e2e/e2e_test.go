@@ -15,6 +15,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -161,14 +162,17 @@ func run(t *testing.T, n *node.Node, guard *border.Guard, pod string, containers
 // test if the test did not.
 func startPlugin(t *testing.T, n *node.Node, config string) *plugin.Process {
 	t.Helper()
-	path := filepath.Join(t.TempDir(), "config.yaml")
-	if err := os.WriteFile(path, []byte(config), 0o644); err != nil {
-		t.Fatal(err)
-	}
-	p, err := plugin.Start(deadline(t), program, path, n.NRISocket())
+	p, err := plugin.Start(deadline(t), program, configFile(t, config), n.NRISocket())
 	if err != nil {
 		t.Fatal(err)
 	}
+	stopAfter(t, p)
+	return p
+}
+
+// stopAfter stops a plugin after the test.
+func stopAfter(t *testing.T, p *plugin.Process) {
+	t.Helper()
 	t.Cleanup(func() {
 		if err := p.Stop(); err != nil {
 			t.Error(err)
@@ -177,7 +181,6 @@ func startPlugin(t *testing.T, n *node.Node, config string) *plugin.Process {
 			t.Log(p.Log())
 		}
 	})
-	return p
 }
 
 // merged waits for a merge of all containers of a partition that began after
@@ -220,6 +223,26 @@ func wantMerged(t *testing.T, a, b *node.Container) {
 	t.Logf("%s: %s and %s share %d of %d pages", a.Pod.Name, a.Name, b.Name, together, all)
 	if together*100 < all*least {
 		t.Errorf("%s: %s and %s share %d of %d pages, less than %d %%", a.Pod.Name, a.Name, b.Name, together, all, least)
+	}
+}
+
+// waitMerged waits until the data of two containers is merged. It polls the page
+// tables, for where no log tells.
+func waitMerged(t *testing.T, a, b *node.Container) {
+	t.Helper()
+	ctx := deadline(t)
+	tick := time.NewTicker(100 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		together, all := common(t, a, b)
+		if together*100 >= all*least {
+			return
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			t.Fatalf("%s: %s and %s share %d of %d pages: %v", a.Pod.Name, a.Name, b.Name, together, all, context.Cause(ctx))
+		}
 	}
 }
 
@@ -280,18 +303,28 @@ func worker(seed uint64) node.ContainerConfig {
 }
 
 const (
-	// late leaves the containers of a pod the time to fill their memory, so that
-	// the first merge finds all of it.
-	late = "startDelays: []\ninterval: 6s\nlogFormat: json\n"
+	// never merges nothing, so that containers can fill their memory.
+	never = "startDelays: []\ninterval: 1000h\nlogFormat: json\n"
+	// once merges what runs, and each container that starts, one time.
+	once = "startDelays: [0s]\ninterval: 1000h\nlogFormat: json\n"
 	// often merges a container again and again.
 	often = "startDelays: [0s, 1s]\ninterval: 1s\nlogFormat: json\n"
 )
 
+// replace stops a plugin and starts another one, which takes over.
+func replace(t *testing.T, n *node.Node, p *plugin.Process, config string) *plugin.Process {
+	t.Helper()
+	if err := p.Stop(); err != nil {
+		t.Fatal(err)
+	}
+	return startPlugin(t, n, config)
+}
+
 // The first merge finds all there is to merge, inside the pods and nowhere
-// else.
+// else. All of the data is there before it begins.
 func TestFirstMerge(t *testing.T) {
 	n := sharedNode(t)
-	p := startPlugin(t, n, late)
+	p := startPlugin(t, n, never)
 	guard := border.Watch()
 	const size = 32
 	shop := run(t, n, guard, "shop",
@@ -305,6 +338,16 @@ func TestFirstMerge(t *testing.T) {
 		}
 	}
 	for _, pod := range []tenant{shop, bank} {
+		scanned, err := partition.Counter(partition.OfPod(pod.ID), "pages_scanned")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if scanned != 0 {
+			t.Errorf("%s: %d pages were looked at before the first merge", pod.Name, scanned)
+		}
+	}
+	p = replace(t, n, p, once)
+	for _, pod := range []tenant{shop, bank} {
 		merged(t, p, pod.ready(), pod.containers...)
 		wantMerged(t, pod.containers[0], pod.containers[1])
 		shared, err := partition.Counter(partition.OfPod(pod.ID), "pages_sharing")
@@ -317,12 +360,11 @@ func TestFirstMerge(t *testing.T) {
 		}
 	}
 	unchanged(t, all...)
-
-	// Unmerged, each has its own pages again, with the same data. The plugin would
-	// merge them again meanwhile.
-	if err := p.Stop(); err != nil {
-		t.Fatal(err)
+	if lines := p.Lines(func(l plugin.Line) bool { return l.Message == "merged" }); len(lines) != len(all) {
+		t.Errorf("%d containers were merged %d times, not once each", len(all), len(lines))
 	}
+
+	// Unmerged, each has its own pages again, with the same data.
 	for _, c := range shop.containers {
 		if err := partition.Unmerge(partition.OfPod(shop.ID), c.PID); err != nil {
 			t.Fatal(err)
@@ -335,9 +377,7 @@ func TestFirstMerge(t *testing.T) {
 	unchanged(t, all...)
 	stopGuard(t, guard)
 
-	// The partition lives as long as the pod's last container, with a plugin that
-	// took it over too.
-	startPlugin(t, n, late)
+	// The partition lives as long as the pod's last container.
 	if err := shop.containers[0].Stop(deadline(t)); err != nil {
 		t.Fatal(err)
 	}
@@ -397,7 +437,7 @@ func TestWritesDuringMerges(t *testing.T) {
 // Each container is a tenant of its own: it is merged with itself alone.
 func TestPartitionByContainer(t *testing.T) {
 	n := sharedNode(t)
-	p := startPlugin(t, n, "partitionBy: container\n"+late)
+	p := startPlugin(t, n, "partitionBy: container\n"+never)
 	guard := border.Watch()
 	config := func(name string) node.ContainerConfig {
 		return node.ContainerConfig{Name: name, MiB: dataMiB, Seed: 1, Repeat: true}
@@ -410,6 +450,7 @@ func TestPartitionByContainer(t *testing.T) {
 	if err := partition.WaitFor(deadline(t), partition.OfContainer(first.ID), partition.OfContainer(second.ID)); err != nil {
 		t.Error(err)
 	}
+	p = replace(t, n, p, "partitionBy: container\n"+once)
 	for _, c := range shop.containers {
 		merged(t, p, c.Ready, c)
 		middle := c.Hello.Start + (c.Hello.End-c.Hello.Start)/2
@@ -444,59 +485,11 @@ func TestPartitionByContainer(t *testing.T) {
 	noPartitions(t)
 }
 
-// denyOptIn is a seccomp profile that refuses prctl(PR_SET_MEMORY_MERGE).
-const denyOptIn = `{
-	"defaultAction": "SCMP_ACT_ALLOW",
-	"syscalls": [{
-		"names": ["prctl"],
-		"action": "SCMP_ACT_ERRNO",
-		"args": [{"index": 0, "value": 67, "op": "SCMP_CMP_EQ"}]
-	}]
-}`
-
-// A container whose memory cannot be merged runs all the same.
-func TestOptInRefused(t *testing.T) {
-	n := sharedNode(t)
-	p := startPlugin(t, n, often)
-	profile := filepath.Join(t.TempDir(), "profile.json")
-	if err := os.WriteFile(profile, []byte(denyOptIn), 0o644); err != nil {
-		t.Fatal(err)
-	}
-	shop := run(t, n, nil, "shop",
-		node.ContainerConfig{Name: "sealed", MiB: dataMiB, Seed: 1, SeccompProfile: profile}, web(1), worker(1))
-	sealed, open := shop.containers[0], shop.containers[1:]
-
-	complaint := func(l plugin.Line) bool {
-		return l.Container == "sealed" && (l.Level == "warning" || l.Level == "warn" || l.Level == "error")
-	}
-	said, err := p.Wait(deadline(t), 1, complaint)
-	if err != nil {
-		t.Fatalf("no complaint about the container: %v", err)
-	}
-	t.Log(said.Text)
-	if said.Pod != "shop" {
-		t.Errorf("the complaint does not name the pod: %s", said.Text)
-	}
-	// The pod's others are merged, often enough for a second complaint.
-	for range 2 {
-		merged(t, p, time.Now(), open...)
-	}
-	wantMerged(t, open[0], open[1])
-	if lines := p.Lines(complaint); len(lines) != 1 {
-		t.Errorf("complained %d times: %v", len(lines), lines)
-	}
-	if together, _ := common(t, sealed, open[0]); together != 0 {
-		t.Errorf("%d pages of the container are merged", together)
-	}
-	unchanged(t, shop.containers...)
-}
-
 // The plugin dies in the middle of a merge; pods come to an end while it is
 // away; it comes back.
 func TestPluginKilled(t *testing.T) {
 	n := sharedNode(t)
-	// Late enough for both pods to be there before the first merge.
-	p := startPlugin(t, n, "startDelays: []\ninterval: 15s\nlogFormat: json\n")
+	p := startPlugin(t, n, never)
 	guard := border.Watch()
 	// Enough for a merge to take its time.
 	const size = 32
@@ -505,6 +498,7 @@ func TestPluginKilled(t *testing.T) {
 	other := run(t, n, guard, "bank",
 		node.ContainerConfig{Name: "web", MiB: size, Seed: 1}, node.ContainerConfig{Name: "worker", MiB: size, Seed: 1})
 
+	p = replace(t, n, p, once)
 	// The pod that is being merged stays, the other one goes.
 	if !mergeBegun(t, partition.OfPod(one.ID), partition.OfPod(other.ID)) {
 		one, other = other, one
@@ -569,11 +563,9 @@ func mergeBegun(t *testing.T, first, second string) bool {
 	}
 }
 
-// containerd launches the plugin by itself, from its plugin directory.
-func TestLaunchedByContainerd(t *testing.T) {
-	needPartitions(t)
-	config := node.Built(build)
-	config.Plugin, config.PluginName, config.PluginConfig = program, plugin.Index+"-"+plugin.Name, often
+// startNode starts a containerd for one test.
+func startNode(t *testing.T, config node.Config) *node.Node {
+	t.Helper()
 	n, err := node.Start(deadline(t), config)
 	if err != nil {
 		t.Fatal(err)
@@ -588,25 +580,79 @@ func TestLaunchedByContainerd(t *testing.T) {
 			t.Error(err)
 		}
 	})
+	return n
+}
+
+// containerd launches the plugin by itself, from its plugin directory, and keeps
+// nothing of what it writes.
+func TestLaunchedByContainerd(t *testing.T) {
+	needPartitions(t)
+	log := filepath.Join(t.TempDir(), "selective-ksm.log")
+	config := node.Built(build)
+	config.Plugin, config.PluginName, config.PluginConfig = program, plugin.Index+"-"+plugin.Name, often+"logFile: "+log+"\n"
+	n := startNode(t, config)
 	shop := run(t, n, nil, "shop", web(1), worker(1))
-	// containerd keeps nothing of the plugin's log: the page tables tell.
-	ctx := deadline(t)
-	tick := time.NewTicker(100 * time.Millisecond)
-	defer tick.Stop()
-	for {
-		together, pages := common(t, shop.containers[0], shop.containers[1])
-		if together*100 >= pages*least {
-			break
-		}
-		select {
-		case <-tick.C:
-		case <-ctx.Done():
-			t.Fatalf("%d of %d pages are merged: %v", together, pages, context.Cause(ctx))
-		}
-	}
+	waitMerged(t, shop.containers[0], shop.containers[1])
 	unchanged(t, shop.containers...)
 	if err := shop.Remove(deadline(t)); err != nil {
 		t.Error(err)
 	}
 	noPartitions(t)
+	said, err := os.ReadFile(log)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{"synchronized with the runtime", shop.containers[0].ID} {
+		if !strings.Contains(string(said), want) {
+			t.Errorf("%q is not in its log:\n%s", want, said)
+		}
+	}
+}
+
+// However much is merged, the plugin answers the runtime long before that would
+// disconnect it.
+func TestAnswersInTime(t *testing.T) {
+	needPartitions(t)
+	config := node.Built(build)
+	config.PluginTimeout = node.DefaultPluginTimeout
+	n := startNode(t, config)
+	p := startPlugin(t, n, often+"logLevel: debug\n")
+	const pods = 5
+	var all []*node.Container
+	for i := range pods {
+		pod := run(t, n, nil, fmt.Sprintf("pod%d", i), web(1), worker(1))
+		// There is always more to merge while the next ones are created.
+		do(t, control.Request{Op: control.Churn, Count: dataMiB << 20 / os.Getpagesize(), Seed: uint64(i)}, pod.containers...)
+		all = append(all, pod.containers...)
+	}
+	for c := range slices.Chunk(all, 2) {
+		merged(t, p, time.Now(), c...)
+	}
+	do(t, control.Request{Op: control.Settle}, all...)
+	for c := range slices.Chunk(all, 2) {
+		if err := c[0].Pod.Remove(deadline(t)); err != nil {
+			t.Error(err)
+		}
+	}
+	noPartitions(t)
+
+	answers := map[string]int{}
+	var slowest plugin.Line
+	for _, l := range p.Lines(func(l plugin.Line) bool { return l.Event != "" }) {
+		answers[l.Event]++
+		if l.DurationMS > slowest.DurationMS {
+			slowest = l
+		}
+	}
+	t.Logf("answered %v; the slowest was %s, in %s", answers, slowest.Event, slowest.Took())
+	if slowest.Took() > node.DefaultPluginTimeout/2 {
+		t.Errorf("%s took %s to answer, and has %s", slowest.Event, slowest.Took(), node.DefaultPluginTimeout)
+	}
+	if answers["CreateContainer"] != len(all) {
+		t.Errorf("%d containers were created, %d seen", len(all), answers["CreateContainer"])
+	}
+	// A plugin that was disconnected connects again, and is synchronized anew.
+	if answers["Synchronize"] != 1 {
+		t.Errorf("the plugin was synchronized %d times", answers["Synchronize"])
+	}
 }

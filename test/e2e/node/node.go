@@ -36,7 +36,13 @@ type Config struct {
 	// Plugin, if not empty, is an NRI plugin for containerd to launch by
 	// itself, under the name PluginName with the configuration PluginConfig.
 	Plugin, PluginName, PluginConfig string
+	// PluginTimeout is how long a plugin may take to answer before containerd
+	// disconnects it. Zero is ten times the usual, as the other time limits.
+	PluginTimeout time.Duration
 }
+
+// DefaultPluginTimeout is containerd's own PluginTimeout.
+const DefaultPluginTimeout = 2 * time.Second
 
 // Built returns a Config with the tools and the workload of a build directory.
 func Built(build string) Config {
@@ -65,8 +71,8 @@ const (
 // configTemplate is containerd's configuration. Its time limits are ten times
 // the usual, as an emulated machine is ten times slower.
 var configTemplate = template.Must(template.New("config").Parse(`version = 4
-root = '{{.}}/root'
-state = '{{.}}/state'
+root = '{{.Dir}}/root'
+state = '{{.Dir}}/state'
 imports = []
 disabled_plugins = ['io.containerd.internal.v1.opt']
 
@@ -81,20 +87,20 @@ disabled_plugins = ['io.containerd.internal.v1.opt']
 [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc]
   runtime_type = 'io.containerd.runc.v2'
   [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc.options]
-    Root = '{{.}}/runc'
+    Root = '{{.Dir}}/runc'
 
 [plugins.'io.containerd.nri.v1.nri']
-  socket_path = '{{.}}/nri.sock'
-  plugin_path = '{{.}}/plugins'
-  plugin_config_path = '{{.}}/conf.d'
+  socket_path = '{{.Dir}}/nri.sock'
+  plugin_path = '{{.Dir}}/plugins'
+  plugin_config_path = '{{.Dir}}/conf.d'
   plugin_registration_timeout = '50s'
-  plugin_request_timeout = '20s'
+  plugin_request_timeout = '{{.PluginTimeout}}'
 
 [plugins.'io.containerd.server.v1.grpc']
-  address = '{{.}}/containerd.sock'
+  address = '{{.Dir}}/containerd.sock'
 
 [plugins.'io.containerd.server.v1.ttrpc']
-  address = '{{.}}/containerd.sock.ttrpc'
+  address = '{{.Dir}}/containerd.sock.ttrpc'
 
 [timeouts]
   'io.containerd.timeout.shim.cleanup' = '50s'
@@ -185,8 +191,15 @@ func (n *Node) configure(c Config) error {
 			return err
 		}
 	}
+	timeout := c.PluginTimeout
+	if timeout == 0 {
+		timeout = 10 * DefaultPluginTimeout
+	}
 	var text strings.Builder
-	if err := configTemplate.Execute(&text, n.dir); err != nil {
+	if err := configTemplate.Execute(&text, struct {
+		Dir           string
+		PluginTimeout time.Duration
+	}{n.dir, timeout}); err != nil {
 		return fmt.Errorf("write configuration: %w", err)
 	}
 	if err := os.WriteFile(n.Path("config.toml"), []byte(text.String()), 0o644); err != nil {

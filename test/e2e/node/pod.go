@@ -84,6 +84,9 @@ type ContainerConfig struct {
 	Repeat bool
 	// SeccompProfile, if not empty, is the path of the profile to run under.
 	SeccompProfile string
+	// Created, if not nil, is called between the container's creation and its
+	// start.
+	Created func() error
 }
 
 // Container is a running container with its memory filled.
@@ -137,6 +140,11 @@ func (p *Pod) Start(ctx context.Context, c ContainerConfig) (_ *Container, err e
 	})
 	if err != nil {
 		return nil, err
+	}
+	if c.Created != nil {
+		if err := c.Created(); err != nil {
+			return nil, err
+		}
 	}
 	if _, err := p.node.cri.StartContainer(ctx, &runtime.StartContainerRequest{ContainerId: created.ContainerId}); err != nil {
 		return nil, err

@@ -83,10 +83,26 @@ func Counter(name, counter string) (int, error) {
 
 // Unmerge asks the kernel to take a process's pages out of a partition.
 func Unmerge(name string, pid int) error {
-	f, err := os.OpenFile(filepath.Join(root, name, "trigger_unmerge"), os.O_WRONLY, 0)
+	return write(filepath.Join(name, "trigger_unmerge"), strconv.Itoa(pid))
+}
+
+// Add makes a partition.
+func Add(name string) error { return write("control/add_partition", name) }
+
+// Remove removes a partition.
+func Remove(name string) error { return write("control/remove_partition", name) }
+
+// Merge merges a process's memory between two addresses in a partition, and binds
+// the process to it.
+func Merge(name string, pid int, start, end uint64) error {
+	return write(filepath.Join(name, "trigger_merge"), fmt.Sprintf("%d %x %x", pid, start, end))
+}
+
+func write(file, text string) error {
+	f, err := os.OpenFile(filepath.Join(root, file), os.O_WRONLY, 0)
 	if err != nil {
 		return err
 	}
-	_, err = fmt.Fprintf(f, "%d\n", pid)
+	_, err = fmt.Fprintln(f, text)
 	return errors.Join(err, f.Close())
 }

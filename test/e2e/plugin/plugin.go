@@ -41,6 +41,9 @@ type Line struct {
 	DurationMS float64 `json:"duration_ms"`
 	Processes  int     `json:"processes"`
 
+	// Event is what the plugin answered to, within DurationMS.
+	Event string `json:"event"`
+
 	// Text is the line as it was written.
 	Text string `json:"-"`
 }
@@ -67,7 +70,13 @@ const ready = "synchronized with the runtime"
 // Start starts the plugin program with a configuration file, which must ask for
 // a log in JSON, and waits until the runtime knows the plugin.
 func Start(ctx context.Context, program, config, socket string) (*Process, error) {
-	cmd := exec.Command(program, "plugin", "-config", config, "-name", Name, "-idx", Index, "-socket", socket)
+	return StartArgs(ctx, program, "plugin", "-config", config, "-name", Name, "-idx", Index, "-socket", socket)
+}
+
+// StartArgs starts the program with any arguments. Of a log that is not in JSON
+// only the text of each line is known.
+func StartArgs(ctx context.Context, program string, args ...string) (*Process, error) {
+	cmd := exec.Command(program, args...)
 	log, err := cmd.StderrPipe()
 	if err != nil {
 		return nil, fmt.Errorf("start plugin: %w", err)
@@ -77,7 +86,7 @@ func Start(ctx context.Context, program, config, socket string) (*Process, error
 	}
 	p := &Process{cmd: cmd, read: make(chan struct{}), more: make(chan struct{})}
 	go p.follow(log)
-	if _, err := p.Wait(ctx, 1, func(l Line) bool { return l.Message == ready }); err != nil {
+	if _, err := p.Wait(ctx, 1, func(l Line) bool { return strings.Contains(l.Text, ready) }); err != nil {
 		return nil, errors.Join(fmt.Errorf("start plugin: %w\n%s", err, p.Log()), p.Stop())
 	}
 	return p, nil
