@@ -12,6 +12,8 @@ import (
 
 	"github.com/containerd/nri/pkg/api"
 	"golang.org/x/sys/unix"
+
+	"github.com/selective-ksm/selective-ksm/test/missing"
 )
 
 // static writes a file that is a wrapper as far as anybody can see who does not
@@ -136,5 +138,29 @@ func TestWrapperRuns(t *testing.T) {
 	}
 	if err := wrapperRuns(wrapper, &api.Container{}); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("a wrapper that is gone: %v", err)
+	}
+}
+
+// In a user namespace a mount keeps the noexec of where it comes from.
+func TestWrapperOnNoexec(t *testing.T) {
+	dir := t.TempDir()
+	if err := unix.Mount("none", dir, "tmpfs", unix.MS_NOEXEC, "size=1m"); err != nil {
+		missing.Skip(t, "cannot mount: %v", err)
+	}
+	t.Cleanup(func() {
+		if err := unix.Unmount(dir, 0); err != nil {
+			t.Error(err)
+		}
+	})
+	wrapper, err := keepWrapper(dir, static(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := wrapperRuns(wrapper, &api.Container{}); err != nil {
+		t.Errorf("without a user namespace: %v", err)
+	}
+	err = wrapperRuns(wrapper, &api.Container{Linux: &api.LinuxContainer{Namespaces: []*api.LinuxNamespace{{Type: "pid"}, {Type: "user"}}}})
+	if want := "it has a user namespace, in which nothing from " + dir + ", which is mounted noexec, can be executed"; err == nil || err.Error() != want {
+		t.Errorf("error is\n\t%v\nwant\n\t%s", err, want)
 	}
 }
