@@ -617,7 +617,7 @@ func TestAnswersInTime(t *testing.T) {
 	config.PluginTimeout = node.DefaultPluginTimeout
 	n := startNode(t, config)
 	p := startPlugin(t, n, often+"logLevel: debug\n")
-	const pods = 5
+	const pods = 3
 	var all []*node.Container
 	for i := range pods {
 		pod := run(t, n, nil, fmt.Sprintf("pod%d", i), web(1), worker(1))
