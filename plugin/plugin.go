@@ -7,6 +7,7 @@
 package plugin
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -202,15 +203,13 @@ func (p *plugin) serve(ctx context.Context) error {
 	}
 }
 
+// running is the program that runs, wherever an upgrade has put its file.
+const running = "/proc/self/exe"
+
 // prepare makes what a configuration asks for, and changes nothing yet. It returns
 // the path of the wrapper for containers.
 func (p *plugin) prepare(c config.Config) (wrapper string, err error) {
-	wrapper = c.Wrapper
-	if wrapper == "" {
-		if wrapper, err = os.Executable(); err != nil {
-			return "", fmt.Errorf("path of this program: %w: set wrapper in the configuration", err)
-		}
-	}
+	wrapper = cmp.Or(c.Wrapper, running)
 	if err := optin.CheckBinary(wrapper); err != nil {
 		return "", err
 	}
