@@ -127,7 +127,8 @@ type plugin struct {
 type state struct {
 	policy  config.Config
 	wrapper string // path on the host of our copy
-	// told is why containers are not merged, by id, for each that was logged.
+	// told is the reason that was logged for each container that is not merged, by
+	// its id.
 	told map[string]string
 	// configured and synchronized are what has happened on this connection.
 	configured, synchronized bool

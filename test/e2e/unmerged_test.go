@@ -74,11 +74,14 @@ func onOptIn(t *testing.T, action string) (path string) {
 }
 
 // A container whose memory cannot be merged runs all the same: one that is
-// refused the opt-in, and one that would be killed for it.
+// refused the opt-in, and one that would be killed for it. The runtime's own
+// seccomp profile does neither.
 func TestOptInRefused(t *testing.T) {
 	n := sharedNode(t)
 	p := startPlugin(t, n, often)
-	shop := run(t, n, nil, "shop", web(1), worker(1),
+	shop := run(t, n, nil, "shop",
+		node.ContainerConfig{Name: "web", MiB: dataMiB, Seed: 1, SeccompProfile: node.RuntimeDefault},
+		node.ContainerConfig{Name: "worker", MiB: dataMiB, Seed: 1, SeccompProfile: node.RuntimeDefault},
 		node.ContainerConfig{Name: "sealed", MiB: dataMiB, Seed: 1, SeccompProfile: onOptIn(t, "SCMP_ACT_ERRNO")},
 		node.ContainerConfig{Name: "mined", MiB: dataMiB, Seed: 1, SeccompProfile: onOptIn(t, "SCMP_ACT_KILL_PROCESS")})
 	open, sealed, mined := shop.containers[:2], shop.containers[2], shop.containers[3]

@@ -74,6 +74,9 @@ func (n *Node) removePods(ctx context.Context) error {
 	return errors.Join(errs...)
 }
 
+// RuntimeDefault is containerd's own seccomp profile.
+const RuntimeDefault = "runtime/default"
+
 // ContainerConfig says what a container holds.
 type ContainerConfig struct {
 	Name string
@@ -82,7 +85,8 @@ type ContainerConfig struct {
 	Seed uint64
 	// Repeat makes the second half of the data equal to the first.
 	Repeat bool
-	// SeccompProfile, if not empty, is the path of the profile to run under.
+	// SeccompProfile, if not empty, is the path of the profile to run under, or
+	// RuntimeDefault.
 	SeccompProfile string
 	// Created, if not nil, is called between the container's creation and its
 	// start.
@@ -120,7 +124,11 @@ func (p *Pod) Start(ctx context.Context, c ContainerConfig) (_ *Container, err e
 
 	const inside = "/control"
 	security := &runtime.LinuxContainerSecurityContext{NamespaceOptions: hostNetwork()}
-	if c.SeccompProfile != "" {
+	switch c.SeccompProfile {
+	case "":
+	case RuntimeDefault:
+		security.Seccomp = &runtime.SecurityProfile{ProfileType: runtime.SecurityProfile_RuntimeDefault}
+	default:
 		security.Seccomp = &runtime.SecurityProfile{
 			ProfileType:  runtime.SecurityProfile_Localhost,
 			LocalhostRef: c.SeccompProfile,
