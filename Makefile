@@ -1,6 +1,8 @@
-# make demo    the main job, on real containers in a VM
-# make test    everything
-# make check   format, vet, lint and unit tests: less than a minute
+# make demo          the main job, on real containers in a VM
+# make test          everything
+# make check         format, vet, lint and unit tests: less than a minute
+# make stress        STRESS=10m of all that may go wrong, on a kernel that checks itself
+# make bench-kernel  how long merging takes, next to KSM without the patches' option
 #
 # Each sets up what it needs, Debian's packages included. Slow builds (the
 # kernel, containerd) stay in the user's cache directory; all else goes to build/.
@@ -17,7 +19,14 @@ export GOFLAGS += -buildvcs=$(if $(shell git rev-parse HEAD 2>/dev/null),auto,fa
 STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.1
 KERNEL := build/kernel/selective-ksm/bzImage
 # The memory holds everything the guest writes, and the demo's containers.
-VM := $(CURDIR)/build/bin/vm -kernel $(CURDIR)/$(KERNEL) -memory 3G
+vm = $(CURDIR)/build/bin/vm -kernel $(CURDIR)/build/kernel/$(1)/bzImage -memory 3G
+VM := $(call vm,selective-ksm)
+
+# The kernel's objects are counted in caches of their own, and pages move
+# between two nodes. The stress itself knows when it has taken too long.
+STRESS_VM := $(call vm,debug) -append 'slab_nomerge numa=fake=2' -timeout 24h -env SELECTIVE_KSM_VM=1
+stress = go test -count=1 -v -timeout 0 -exec "$(STRESS_VM) --" ./test/kernel/stress -length $(1)
+STRESS := 10m
 
 .PHONY: build
 build: build/bin/selective-ksm
@@ -39,14 +48,33 @@ check: packages build/bin/selective-ksm
 
 # The tests that need a kernel with Selective KSM, in it.
 .PHONY: test-vm
-test-vm: packages kernel tools build/bin/selective-ksm build/bin/workload build/bin/demo build/bin/vm
+test-vm: packages kernel debug-kernel tools build/bin/selective-ksm build/bin/workload build/bin/actor build/bin/demo build/bin/vm
 	SELECTIVE_KSM_KERNEL=$(CURDIR)/$(KERNEL) go test -count=1 ./test/vm/...
 	go test -count=1 -p 1 -exec "$(VM) -env SELECTIVE_KSM_VM=1 --" ./engine/... ./test/kernel ./test/pages ./test/e2e/...
+	$(call stress,2m)
 	$(MAKE) demo
+
+.PHONY: stress
+stress: packages debug-kernel build/bin/actor build/bin/vm
+	$(call stress,$(STRESS))
+
+# The machine is never the same for long: each kernel has its turn twice.
+BENCH := build/bench
+.PHONY: bench-kernel
+bench-kernel: packages kernel option-off-kernel build/bin/actor build/bin/bench build/bin/vm
+	@mkdir -p $(BENCH)
+	for turn in 1 2; do for kernel in selective-ksm option-off; do \
+		$(call vm,$$kernel) -- build/bin/bench >$(BENCH)/$$kernel-$$turn.json || exit 1; \
+	done; done
+	build/bin/bench -json $(BENCH)/kernel.json compare $(BENCH)/*-[12].json
 
 .PHONY: kernel
 kernel:
 	@kernel/build
+
+.PHONY: debug-kernel option-off-kernel
+debug-kernel option-off-kernel:
+	@kernel/build $(@:-kernel=)
 
 .PHONY: tools
 tools:
@@ -60,10 +88,16 @@ build/bin/workload: FORCE
 	@go build -trimpath -o $@ ./test/workload
 build/bin/demo: FORCE
 	@go build -trimpath -o $@ ./test/demo
+build/bin/bench: FORCE
+	@go build -trimpath -o $@ ./test/kernel/bench
 build/bin/vm: FORCE
 	@go build -trimpath -o $@ ./test/vm/cmd/vm
 
-# gcc is for the race detector.
+build/bin/actor: $(wildcard test/kernel/actor/program/*)
+	@mkdir -p $(@D)
+	@gcc -O2 -g -static -Wall -Wextra -o $@ $(filter %.c,$^)
+
+# gcc is for the race detector, and for the actor of the kernel's tests.
 PACKAGES := gcc libc6-dev qemu-system-x86 shellcheck
 
 .PHONY: packages

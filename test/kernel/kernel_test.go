@@ -6,50 +6,25 @@ package kernel_test
 import (
 	"errors"
 	"fmt"
-	"os"
-	"path/filepath"
-	"strconv"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
 
 	"golang.org/x/sys/unix"
 
-	"github.com/selective-ksm/selective-ksm/test/missing"
+	"github.com/selective-ksm/selective-ksm/test/kernel/actor"
+	"github.com/selective-ksm/selective-ksm/test/kernel/ksm"
 	"github.com/selective-ksm/selective-ksm/test/pages"
-	"github.com/selective-ksm/selective-ksm/test/workload/memory"
 )
-
-const root = "/sys/kernel/mm/ksm"
-
-// write writes to a file under root, with one write(2).
-func write(file, format string, args ...any) error {
-	f, err := os.OpenFile(filepath.Join(root, file), os.O_WRONLY, 0)
-	if err != nil {
-		return err
-	}
-	_, err = fmt.Fprintf(f, format, args...)
-	return errors.Join(err, f.Close())
-}
 
 func counter(t *testing.T, file string) int {
 	t.Helper()
-	data, err := os.ReadFile(filepath.Join(root, file))
-	if err != nil {
-		t.Fatal(err)
-	}
-	n, err := strconv.Atoi(strings.TrimSpace(string(data)))
+	n, err := ksm.Counter(file)
 	if err != nil {
 		t.Fatal(err)
 	}
 	return n
-}
-
-func needsKernel(t *testing.T) {
-	t.Helper()
-	if _, err := os.Stat(filepath.Join(root, "control/add_partition")); err != nil {
-		missing.Skip(t, "this kernel has no Selective KSM (%v); make test boots one that has", err)
-	}
 }
 
 // partition adds a partition for the time of the test, which has to remove it
@@ -57,11 +32,11 @@ func needsKernel(t *testing.T) {
 func partition(t *testing.T, name string) string {
 	t.Helper()
 	needsKernel(t)
-	if err := write("control/add_partition", "%s\n", name); err != nil {
+	if err := ksm.Write("control/add_partition", "%s\n", name); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		if err := write("control/remove_partition", "%s\n", name); err != nil && !errors.Is(err, unix.ENOENT) {
+		if err := ksm.Write("control/remove_partition", "%s\n", name); err != nil && !errors.Is(err, unix.ENOENT) {
 			t.Errorf("remove partition %s: %v", name, err)
 		}
 	})
@@ -80,6 +55,25 @@ func wantCounters(t *testing.T, partition string, processes ...*process) {
 	}
 }
 
+// wantFeature fails the test on a kernel that lacks a feature. One that has
+// partitions has them all.
+func wantFeature(t *testing.T, feature string) {
+	t.Helper()
+	needsKernel(t)
+	features, err := ksm.Features()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !slices.Contains(features, feature) {
+		t.Fatalf("this kernel lacks the feature %s, it has %v", feature, features)
+	}
+}
+
+const (
+	addProcess = "add_process"
+	syscalls   = "syscalls=467,468"
+)
+
 func wantErr(t *testing.T, what string, got, want error) {
 	t.Helper()
 	if !errors.Is(got, want) {
@@ -95,7 +89,6 @@ func TestNames(t *testing.T) {
 		want error
 	}{
 		{"here", unix.EEXIST},
-		{"", unix.EINVAL},
 		{"\n", unix.EINVAL},
 		{".hidden", unix.EINVAL},
 		{"a/b", unix.EINVAL},
@@ -110,18 +103,14 @@ func TestNames(t *testing.T) {
 		{long, nil},
 		{"A-z_0.9", nil},
 	} {
-		err := write("control/add_partition", "%s", c.name)
-		// An empty write never reaches the file.
-		if c.name == "" {
-			continue
-		}
+		err := ksm.Write("control/add_partition", "%s", c.name)
 		wantErr(t, fmt.Sprintf("add %q", c.name), err, c.want)
 		if err == nil {
-			wantErr(t, fmt.Sprintf("remove %q", c.name), write("control/remove_partition", "%s\n", c.name), nil)
+			wantErr(t, fmt.Sprintf("remove %q", c.name), ksm.Write("control/remove_partition", "%s\n", c.name), nil)
 		}
 	}
-	wantErr(t, "remove what is not there", write("control/remove_partition", "nobody\n"), unix.ENOENT)
-	wantErr(t, "remove what cannot be", write("control/remove_partition", "a/b\n"), unix.EINVAL)
+	wantErr(t, "remove what is not there", ksm.Write("control/remove_partition", "nobody\n"), unix.ENOENT)
+	wantErr(t, "remove what cannot be", ksm.Write("control/remove_partition", "a/b\n"), unix.EINVAL)
 }
 
 func TestTriggerErrors(t *testing.T) {
@@ -135,26 +124,26 @@ func TestTriggerErrors(t *testing.T) {
 			want error
 		}{
 			{"words are no numbers", unix.EINVAL},
-			{fmt.Sprintf("%d 1000", p.pid()), unix.EINVAL},
-			{fmt.Sprintf("%d 2000 1000", p.pid()), unix.EINVAL},
-			{fmt.Sprintf("%d 1000 1000", p.pid()), unix.EINVAL},
-			{fmt.Sprintf("%d 1000 2000 3000", p.pid()), unix.EINVAL},
-			{fmt.Sprintf("%d ffff800000000000 ffff800000001000", p.pid()), unix.EINVAL},
-			{fmt.Sprintf("%d 1000 2000", dead.pid()), unix.ESRCH},
+			{fmt.Sprintf("%d 1000", p.Pid), unix.EINVAL},
+			{fmt.Sprintf("%d 2000 1000", p.Pid), unix.EINVAL},
+			{fmt.Sprintf("%d 1000 1000", p.Pid), unix.EINVAL},
+			{fmt.Sprintf("%d 1000 2000 3000", p.Pid), unix.EINVAL},
+			{fmt.Sprintf("%d ffff800000000000 ffff800000001000", p.Pid), unix.EINVAL},
+			{fmt.Sprintf("%d 1000 2000", dead.Pid), unix.ESRCH},
 			{"0 1000 2000", unix.ESRCH},
 			{"-1 1000 2000", unix.ESRCH},
 			{"2 1000 2000", unix.EINVAL}, // kthreadd has no memory
-			{fmt.Sprintf("%d 1000 ffffffffffffffff\n", p.pid()), nil},
+			{fmt.Sprintf("%d 1000 ffffffffffffffff\n", p.Pid), nil},
 		} {
-			wantErr(t, file+" "+c.line, write(a+"/"+file, "%s", c.line), c.want)
+			wantErr(t, file+" "+c.line, ksm.Write(a+"/"+file, "%s", c.line), c.want)
 		}
 	}
-	wantErr(t, "merge without a range", write(a+"/trigger_merge", "%d", p.pid()), unix.EINVAL)
-	wantErr(t, "unmerge without a range", write(a+"/trigger_unmerge", "%d\n", p.pid()), nil)
+	wantErr(t, "merge without a range", ksm.Write(a+"/trigger_merge", "%d", p.Pid), unix.EINVAL)
+	wantErr(t, "unmerge without a range", ksm.Write(a+"/trigger_unmerge", "%d\n", p.Pid), nil)
 	for _, knob := range []string{"pages_to_scan", "sleep_millisecs"} {
-		wantErr(t, knob, write(a+"/"+knob, "many"), unix.EINVAL)
+		wantErr(t, knob, ksm.Write(a+"/"+knob, "many"), unix.EINVAL)
 	}
-	wantErr(t, "pages_to_scan", write(a+"/pages_to_scan", "0"), unix.EINVAL)
+	wantErr(t, "pages_to_scan", ksm.Write(a+"/pages_to_scan", "0"), unix.EINVAL)
 }
 
 // The same data in two partitions is one page in each, never one in both, and
@@ -204,7 +193,7 @@ func TestMergeInsidePartitionsOnly(t *testing.T) {
 		p.ask("check")
 	}
 
-	if err := write("control/remove_partition", "%s", a); err != nil {
+	if err := ksm.Write("control/remove_partition", "%s", a); err != nil {
 		t.Fatal(err)
 	}
 	if mappings, _ := ksmPages(t, inA...); mappings != 0 {
@@ -228,14 +217,14 @@ func TestRanges(t *testing.T) {
 	if got := counter(t, a+"/pages_sharing"); got != 200 {
 		t.Errorf("%d pages merged of a range of 200", got)
 	}
-	if err := write(a+"/trigger_unmerge", "%d %x %x\n", q.pid(), q.start, q.start+uint64(150*memory.PageSize)); err != nil {
+	if err := ksm.Write(a+"/trigger_unmerge", "%d %x %x\n", q.Pid, q.start, q.start+uint64(150*actor.PageSize)); err != nil {
 		t.Fatal(err)
 	}
 	if got := counter(t, a+"/pages_sharing"); got != 150 {
 		t.Errorf("%d pages still merged, want 150", got)
 	}
 	wantCounters(t, a, p, q)
-	if err := write(a+"/trigger_unmerge", "%d", q.pid()); err != nil {
+	if err := ksm.Write(a+"/trigger_unmerge", "%d", q.Pid); err != nil {
 		t.Fatal(err)
 	}
 	if mappings, _ := ksmPages(t, q); mappings != 0 {
@@ -253,12 +242,12 @@ func TestKnobs(t *testing.T) {
 	sharing := counter(t, "max_page_sharing")
 	for _, w := range []string{a + "/pages_to_scan 1", a + "/sleep_millisecs 1", "max_page_sharing 2"} {
 		file, value, _ := strings.Cut(w, " ")
-		if err := write(file, "%s", value); err != nil {
+		if err := ksm.Write(file, "%s", value); err != nil {
 			t.Fatal(err)
 		}
 	}
 	defer func() {
-		if err := write("max_page_sharing", "%d", sharing); err != nil {
+		if err := ksm.Write("max_page_sharing", "%d", sharing); err != nil {
 			t.Error(err)
 		}
 	}()
@@ -321,13 +310,11 @@ func TestBinding(t *testing.T) {
 	a, b := partition(t, "a"), partition(t, "b")
 	p := holding(t, n, 1)
 	p.mergeAll(a)
-	// fork and exec keep the binding.
-	var spawned int
-	if _, err := fmt.Sscan(p.ask("spawn"), &spawned); err != nil {
+	child, err := p.Vfork(t.Context())
+	if err != nil {
 		t.Fatal(err)
 	}
-	wantErr(t, "merge a child elsewhere", write(b+"/trigger_merge", "%d 1000 2000", spawned), unix.EBUSY)
-	wantErr(t, "merge a child", write(a+"/trigger_merge", "%d 1000 2000", spawned), nil)
+	own(t, child).wantBound(t, a, b)
 
 	// A process that did not opt in is passed over, and not bound.
 	q := startUnmergeable(t)
@@ -350,7 +337,7 @@ func TestConcurrent(t *testing.T) {
 		for i, p := range processes {
 			wg.Go(func() {
 				for round := range rounds {
-					err := write("control/add_partition", "%s", name)
+					err := ksm.Write("control/add_partition", "%s", name)
 					if err != nil && !errors.Is(err, unix.EEXIST) {
 						t.Errorf("add: %v", err)
 					}
@@ -359,7 +346,7 @@ func TestConcurrent(t *testing.T) {
 						t.Errorf("merge: %v", err)
 					}
 					if round%4 == i {
-						err := write("control/remove_partition", "%s", name)
+						err := ksm.Write("control/remove_partition", "%s", name)
 						if err != nil && !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.EBUSY) {
 							t.Errorf("remove: %v", err)
 						}
@@ -376,7 +363,7 @@ func TestConcurrent(t *testing.T) {
 	}
 	wg.Wait()
 	for _, name := range []string{"a", "b"} {
-		if err := write("control/remove_partition", "%s", name); err != nil && !errors.Is(err, unix.ENOENT) {
+		if err := ksm.Write("control/remove_partition", "%s", name); err != nil && !errors.Is(err, unix.ENOENT) {
 			t.Error(err)
 		}
 	}

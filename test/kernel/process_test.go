@@ -1,128 +1,94 @@
 package kernel_test
 
 import (
-	"bufio"
-	"fmt"
-	"io"
+	"errors"
 	"os"
-	"os/exec"
-	"strings"
 	"testing"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/selective-ksm/selective-ksm/test/kernel/actor"
+	"github.com/selective-ksm/selective-ksm/test/kernel/ksm"
+	"github.com/selective-ksm/selective-ksm/test/missing"
 	"github.com/selective-ksm/selective-ksm/test/pages"
-	"github.com/selective-ksm/selective-ksm/test/workload/memory"
 )
 
-// child is the environment variable that makes the test binary a process to be
-// merged.
-const child = "SELECTIVE_KSM_TEST_CHILD"
+// stage is where all processes of the tests report.
+var stage *actor.Stage
 
 func TestMain(m *testing.M) {
-	if os.Getenv(child) != "" {
-		if err := serve(os.Stdin, os.Stdout); err != nil {
-			fmt.Fprintln(os.Stderr, err)
-			os.Exit(1)
-		}
-		return
-	}
-	os.Exit(m.Run())
+	os.Exit(run(m))
 }
 
-// serve does what the test asks for, a line each, until there are no more.
-func serve(in io.Reader, out io.Writer) error {
-	var region *memory.Region
-	var children []*exec.Cmd
-	lines := bufio.NewScanner(in)
-	for lines.Scan() {
-		var command string
-		var a, b int
-		var seed uint64
-		fmt.Sscan(lines.Text(), &command, &a, &b, &seed)
-		var answer any = "ok"
+func run(m *testing.M) int {
+	// Only where there is something to test the program must be there.
+	if hasPartitions() == nil {
 		var err error
-		switch command {
-		case "mergeable":
-			err = unix.Prctl(unix.PR_SET_MEMORY_MERGE, 1, 0, 0, 0)
-		case "map": // pages, distinct ones, seed
-			if region, err = memory.Map(a, b, seed); err == nil {
-				answer, _ = region.Range()
-			}
-		case "unmap":
-			err = region.Close()
-		case "write": // first page, number of pages, seed
-			region.Write(a, b, seed)
-		case "check":
-			_, err = region.Check()
-		case "spawn": // a process by fork and exec, that only waits
-			cmd := exec.Command("sleep", "infinity")
-			cmd.SysProcAttr = &unix.SysProcAttr{Pdeathsig: unix.SIGKILL}
-			if err = cmd.Start(); err == nil {
-				children = append(children, cmd)
-				answer = cmd.Process.Pid
-			}
-		default:
-			err = fmt.Errorf("no command %q", command)
+		if stage, err = actor.OpenStage("../../build/bin/actor"); err != nil {
+			panic(err)
 		}
-		if err != nil {
-			answer = err
-		}
-		fmt.Fprintln(out, answer)
+		defer stage.Close()
 	}
-	for _, c := range children {
-		c.Process.Kill()
-		c.Wait()
-	}
-	return lines.Err()
+	return m.Run()
 }
 
-// process is a child that holds memory.
+func hasPartitions() error {
+	_, err := os.Stat(ksm.Root + "/control/add_partition")
+	return err
+}
+
+func needsKernel(t *testing.T) {
+	t.Helper()
+	if err := hasPartitions(); err != nil {
+		missing.Skip(t, "this kernel has no Selective KSM (%v); make test boots one that has", err)
+	}
+}
+
+// process is an actor, and the region of memory that it holds.
 type process struct {
-	t          *testing.T
-	cmd        *exec.Cmd
-	in         io.WriteCloser
-	out        *bufio.Reader
+	t *testing.T
+	*actor.Actor
 	start, end uint64
 }
 
-// start runs a child that made its memory mergeable.
+// startUnmergeable runs a process that is not mergeable, and whose memory is
+// none but what it is told to hold.
+func startUnmergeable(t *testing.T) *process {
+	t.Helper()
+	needsKernel(t)
+	return startAs(t, unix.SysProcAttr{})
+}
+
+// startAs does so with attributes of the process, and files from descriptor 3
+// on.
+func startAs(t *testing.T, attr unix.SysProcAttr, files ...*os.File) *process {
+	t.Helper()
+	a, err := stage.Start(t.Context(), attr, files...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return own(t, a)
+}
+
+// own kills an actor at the end of the test.
+func own(t *testing.T, a *actor.Actor) *process {
+	t.Cleanup(func() {
+		if err := a.Kill(); err != nil {
+			t.Error(err)
+		}
+	})
+	return &process{t: t, Actor: a}
+}
+
+// start runs a process that has made its memory mergeable.
 func start(t *testing.T) *process {
 	t.Helper()
 	p := startUnmergeable(t)
-	p.ask("mergeable")
+	p.optIn(true)
 	return p
 }
 
-func startUnmergeable(t *testing.T) *process {
-	t.Helper()
-	self, err := os.Executable()
-	if err != nil {
-		t.Fatal(err)
-	}
-	p := &process{t: t, cmd: exec.Command(self)}
-	p.cmd.Env = append(os.Environ(), child+"=1")
-	p.cmd.Stderr = os.Stderr
-	p.cmd.SysProcAttr = &unix.SysProcAttr{Pdeathsig: unix.SIGKILL}
-	out, err := p.cmd.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if p.in, err = p.cmd.StdinPipe(); err != nil {
-		t.Fatal(err)
-	}
-	p.out = bufio.NewReader(out)
-	if err := p.cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		p.cmd.Process.Kill()
-		p.cmd.Wait()
-	})
-	return p
-}
-
-// holding runs a child that holds a number of pages, all different, that are
+// holding runs a process that holds a number of pages, all different, that are
 // the same for the same seed.
 func holding(t *testing.T, number int, seed uint64) *process {
 	t.Helper()
@@ -131,55 +97,98 @@ func holding(t *testing.T, number int, seed uint64) *process {
 	return p
 }
 
+// optIn has the process make its memory mergeable by itself, or no longer.
+func (p *process) optIn(in bool) {
+	p.t.Helper()
+	value := 0
+	if in {
+		value = 1
+	}
+	p.syscall(unix.SYS_PRCTL, unix.PR_SET_MEMORY_MERGE, value, 0, 0, 0)
+}
+
 func (p *process) hold(number, distinct int, seed uint64) {
 	p.t.Helper()
-	if _, err := fmt.Sscan(p.ask("map %d %d %d", number, distinct, seed), &p.start); err != nil {
-		p.t.Fatal(err)
-	}
-	p.end = p.start + uint64(number*memory.PageSize)
+	p.start = uint64(p.ask("map %d %d %d", number, distinct, seed))
+	p.end = p.start + uint64(number*actor.PageSize)
 }
 
-// ask has the child do something, and fails the test if it could not.
-func (p *process) ask(format string, args ...any) string {
+// ask has the process do something, and fails the test if it could not.
+func (p *process) ask(format string, args ...any) int64 {
 	p.t.Helper()
-	if _, err := fmt.Fprintf(p.in, format+"\n", args...); err != nil {
+	n, err := p.Ask(format, args...)
+	if err != nil {
 		p.t.Fatal(err)
 	}
-	answer, err := p.out.ReadString('\n')
-	if err != nil {
-		p.t.Fatalf("%s: no answer from pid %d: %v", fmt.Sprintf(format, args...), p.pid(), err)
-	}
-	answer = strings.TrimSpace(answer)
-	if answer != "ok" && strings.Trim(answer, "0123456789") != "" {
-		p.t.Fatalf("%s: %s", fmt.Sprintf(format, args...), answer)
-	}
-	return answer
+	return n
 }
 
-func (p *process) pid() int { return p.cmd.Process.Pid }
+// trySyscall has the process do a system call.
+func (p *process) trySyscall(number int, args ...any) (int64, error) {
+	format := "syscall %d"
+	for range args {
+		format += " %d"
+	}
+	return p.Ask(format, append([]any{number}, args...)...)
+}
 
-// kill ends the child at once, and waits until it is gone.
+func (p *process) syscall(number int, args ...any) int64 {
+	p.t.Helper()
+	n, err := p.trySyscall(number, args...)
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	return n
+}
+
+// fork has the process fork; the other one has the same memory.
+func (p *process) fork() *process {
+	p.t.Helper()
+	a, err := p.Fork(p.t.Context())
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	child := own(p.t, a)
+	child.start, child.end = p.start, p.end
+	return child
+}
+
+// kill ends the process at once, and waits until it is gone.
 func (p *process) kill() {
-	p.cmd.Process.Kill()
-	p.cmd.Wait()
+	p.t.Helper()
+	if err := p.Kill(); err != nil {
+		p.t.Fatal(err)
+	}
 }
 
 // merge merges the pages from first on, as many as count says.
 func (p *process) merge(partition string, first, count int) error {
-	from := p.start + uint64(first*memory.PageSize)
-	return write(partition+"/trigger_merge", "%d %x %x", p.pid(), from, from+uint64(count*memory.PageSize))
+	from := p.start + uint64(first*actor.PageSize)
+	return ksm.Write(partition+"/trigger_merge", "%d %x %x", p.Pid, from, from+uint64(count*actor.PageSize))
 }
 
 func (p *process) mergeAll(partition string) {
 	p.t.Helper()
-	if err := write(partition+"/trigger_merge", "%d %x %x", p.pid(), p.start, p.end); err != nil {
+	if err := ksm.Write(partition+"/trigger_merge", "%d %x %x", p.Pid, p.start, p.end); err != nil {
 		p.t.Fatal(err)
+	}
+}
+
+// wantBound fails the test if the process is not bound to a partition, so that
+// another one refuses it.
+func (p *process) wantBound(t *testing.T, partition, other string) {
+	t.Helper()
+	if err := ksm.Write(other+"/trigger_merge", "%d 1000 2000", p.Pid); !errors.Is(err, unix.EBUSY) {
+		t.Errorf("merge process %d of partition %s into %s: %v, want %v", p.Pid, partition, other, err, unix.EBUSY)
+	}
+	if err := ksm.Write(partition+"/trigger_merge", "%d 1000 2000", p.Pid); err != nil {
+		t.Errorf("merge process %d into its partition %s: %v", p.Pid, partition, err)
 	}
 }
 
 func (p *process) pages() []pages.Page {
 	p.t.Helper()
-	found, err := pages.Range(p.pid(), p.start, p.end)
+	found, err := pages.Range(p.Pid, p.start, p.end)
 	if err != nil {
 		p.t.Fatal(err)
 	}
@@ -192,7 +201,7 @@ func ksmPages(t *testing.T, processes ...*process) (mappings, frames int) {
 	t.Helper()
 	seen := make(map[uint64]bool)
 	for _, p := range processes {
-		all, err := pages.All(p.pid())
+		all, err := pages.All(p.Pid)
 		if err != nil {
 			t.Fatal(err)
 		}

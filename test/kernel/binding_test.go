@@ -1,0 +1,280 @@
+package kernel_test
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"sync"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/selective-ksm/selective-ksm/test/kernel/ksm"
+	"github.com/selective-ksm/selective-ksm/test/pages"
+)
+
+// add binds a process that need not have opted in.
+func (p *process) add(partition string) error {
+	return ksm.Write(partition+"/add_process", "%d", p.Pid)
+}
+
+func (p *process) remove(partition string) error {
+	return ksm.Write(partition+"/remove_process", "%d", p.Pid)
+}
+
+// A process that knows nothing of KSM merges from when it is added, in its
+// partition only, and with it what it begets.
+func TestAddProcess(t *testing.T) {
+	wantFeature(t, addProcess)
+	const n = 256
+	a, b := partition(t, "a"), partition(t, "b")
+	p, q := startUnmergeable(t), startUnmergeable(t)
+	// Memory from before and from after it takes part alike.
+	p.hold(n, n, 1)
+	for _, r := range []*process{p, q} {
+		if err := r.add(a); err != nil {
+			t.Fatal(err)
+		}
+	}
+	q.hold(n, n, 1)
+	p.mergeAll(a)
+	q.mergeAll(a)
+	if got := counter(t, a+"/pages_sharing"); got != n {
+		t.Errorf("%d pages merged, want %d", got, n)
+	}
+	p.wantBound(t, a, b)
+
+	forked := p.fork()
+	forked.wantBound(t, a, b)
+	wantCounters(t, a, p, q, forked)
+	actor, err := p.Vfork(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	vforked := own(t, actor)
+	vforked.hold(n, n, 1)
+	vforked.wantBound(t, a, b)
+	vforked.mergeAll(a)
+	if err := forked.Exec(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	forked.hold(n, n, 1)
+	forked.wantBound(t, a, b)
+	forked.mergeAll(a)
+	if merged, err := pages.Merged(vforked.pages(), forked.pages()); err != nil || merged != n {
+		t.Errorf("%d pages merged of processes that were begotten, %v, want %d", merged, err, n)
+	}
+	wantCounters(t, a, p, q, forked, vforked)
+	// Its own child's child, after exec: still.
+	forked.fork().wantBound(t, a, b)
+
+	for _, r := range []*process{p, q, forked, vforked} {
+		r.ask("check")
+	}
+}
+
+func TestRemoveProcess(t *testing.T) {
+	wantFeature(t, addProcess)
+	const n = 256
+	a, b := partition(t, "a"), partition(t, "b")
+	p := startUnmergeable(t)
+	p.hold(n, n, 1)
+	if err := p.add(a); err != nil {
+		t.Fatal(err)
+	}
+	child := p.fork()
+	q := holding(t, n, 1)
+	q.mergeAll(a)
+	p.mergeAll(a)
+	child.mergeAll(a)
+	if err := p.remove(a); err != nil {
+		t.Fatal(err)
+	}
+	if mappings, _ := ksmPages(t, p); mappings != 0 {
+		t.Errorf("%d ksm pages of a process that was removed", mappings)
+	}
+	wantCounters(t, a, q, child)
+	child.wantBound(t, a, b)
+	// The opt-in was the kernel's, and has gone with the binding.
+	p.mergeAll(b)
+	if mappings, _ := ksmPages(t, p); mappings != 0 {
+		t.Errorf("%d pages merged of a process that is not opted in any more", mappings)
+	}
+	if got := counter(t, b+"/pages_scanned"); got != 0 {
+		t.Errorf("%d pages looked at of a process that is not opted in any more", got)
+	}
+	wantErr(t, "add it elsewhere", p.add(b), nil)
+	p.wantBound(t, b, a)
+	p.mergeAll(b)
+	if common := pages.Common(pages.ByFrame(p.pages()), pages.ByFrame(q.pages())); len(common) > 0 {
+		t.Errorf("%d physical pages in two partitions", len(common))
+	}
+
+	// An opt-in of its own stays.
+	if err := q.remove(a); err != nil {
+		t.Fatal(err)
+	}
+	q.mergeAll(b)
+	q.wantBound(t, b, a)
+	if merged, err := pages.Merged(p.pages(), q.pages()); err != nil || merged != n {
+		t.Errorf("%d pages merged of processes that changed the partition, %v, want %d", merged, err, n)
+	}
+	wantCounters(t, a, child)
+	wantCounters(t, b, p, q)
+	for _, r := range []*process{p, q, child} {
+		r.ask("check")
+	}
+}
+
+// One that does not want to merge any more does not, but is not free to go.
+func TestOptOutOfBound(t *testing.T) {
+	wantFeature(t, addProcess)
+	const n = 256
+	a, b := partition(t, "a"), partition(t, "b")
+	for _, how := range []string{"added", "opted in"} {
+		p, q := startUnmergeable(t), holding(t, n, 1)
+		if how == "added" {
+			if err := p.add(a); err != nil {
+				t.Fatal(err)
+			}
+		} else {
+			p.optIn(true)
+		}
+		p.hold(n, n, 1)
+		p.mergeAll(a)
+		q.mergeAll(a)
+		p.optIn(false)
+		if mappings, _ := ksmPages(t, p); mappings != 0 {
+			t.Errorf("%s: %d ksm pages after opting out", how, mappings)
+		}
+		p.wantBound(t, a, b)
+		p.mergeAll(a)
+		if mappings, _ := ksmPages(t, p); mappings != 0 {
+			t.Errorf("%s: %d pages merged after opting out", how, mappings)
+		}
+		wantCounters(t, a, p, q)
+		p.ask("check")
+		p.kill()
+		q.kill()
+	}
+}
+
+// rounds is how often the races are run.
+const raceRounds = 1000
+
+// Whenever a process is added while it executes another program, the process
+// that exists afterwards is bound.
+func TestAddRacingExec(t *testing.T) {
+	wantFeature(t, addProcess)
+	a, b := partition(t, "a"), partition(t, "b")
+	p := startUnmergeable(t)
+	r := seeded(t)
+	for range raceRounds {
+		if err := race(r, func() error { return p.Exec(t.Context()) }, func() error { return p.add(a) }); err != nil {
+			t.Fatal(err)
+		}
+		p.wantBound(t, a, b)
+		if err := p.remove(a); err != nil {
+			t.Fatal(err)
+		}
+		if t.Failed() {
+			return
+		}
+	}
+}
+
+// Whenever a process is added while it forks, it is bound, and whatever it has
+// begotten is, or maps no ksm page: it may have come before.
+func TestAddRacingFork(t *testing.T) {
+	wantFeature(t, addProcess)
+	const n = 8
+	a, b := partition(t, "a"), partition(t, "b")
+	p := startUnmergeable(t)
+	p.hold(n, 1, 1)
+	r := seeded(t)
+	var before int
+	for range raceRounds {
+		var child *process
+		err := race(r, func() error {
+			c, err := p.Fork(t.Context())
+			if err == nil {
+				child = &process{t: t, Actor: c, start: p.start, end: p.end}
+			}
+			return err
+		}, func() error { return p.add(a) })
+		if err != nil {
+			t.Fatal(err)
+		}
+		p.wantBound(t, a, b)
+		p.mergeAll(a)
+		if err := child.merge(b, 0, n); err == nil {
+			before++
+			if common := pages.Common(pages.ByFrame(p.pages()), pages.ByFrame(child.pages())); len(common) > 0 {
+				if flags, err := pages.FlagsOf(common[0].Frame); err != nil || flags[0].KSM() {
+					t.Errorf("a ksm page is in a partition and in a process outside of it, %v", err)
+				}
+			}
+		} else {
+			child.wantBound(t, a, b)
+		}
+		child.ask("check")
+		child.kill()
+		if err := p.remove(a); err != nil {
+			t.Fatal(err)
+		}
+		if t.Failed() {
+			return
+		}
+	}
+	p.ask("check")
+	t.Logf("%d of %d children were forked before the process was bound", before, raceRounds)
+}
+
+// race does two things at the same time, the second a little later.
+func race(r *rand.Rand, first, second func() error) error {
+	var wg sync.WaitGroup
+	var err error
+	wg.Go(func() { err = first() })
+	// Less than a fork or exec takes, so that it falls anywhere in it.
+	delay := time.Duration(r.IntN(3000)) * time.Microsecond
+	for began := time.Now(); time.Since(began) < delay; {
+	}
+	secondErr := second()
+	wg.Wait()
+	if err == nil {
+		err = secondErr
+	}
+	return err
+}
+
+// seeded returns a generator with a seed that is the same in every run.
+func seeded(t *testing.T) *rand.Rand {
+	t.Helper()
+	const seed = 20261125
+	t.Logf("seed %d", seed)
+	return rand.New(rand.NewPCG(seed, 0))
+}
+
+// A process that dies, or its partition with it, while it is added leaves
+// nothing.
+func TestAddRacingExit(t *testing.T) {
+	wantFeature(t, addProcess)
+	r := seeded(t)
+	for range 200 {
+		a := partition(t, "a")
+		p := startUnmergeable(t)
+		err := race(r, func() error { p.kill(); return nil }, func() error {
+			err := p.add(a)
+			if err == unix.ESRCH || err == unix.EINVAL {
+				err = nil
+			}
+			return err
+		})
+		if err != nil && !isAny(err, unix.ESRCH, unix.EINVAL) {
+			t.Fatal(err)
+		}
+		if err := ksm.Write("control/remove_partition", "%s", a); err != nil {
+			t.Fatal(fmt.Errorf("remove the partition of a process that died: %w", err))
+		}
+	}
+}
