@@ -1,7 +1,6 @@
 package kernel_test
 
 import (
-	"fmt"
 	"math/rand/v2"
 	"sync"
 	"testing"
@@ -159,8 +158,24 @@ func TestOptOutOfBound(t *testing.T) {
 	}
 }
 
-// rounds is how often the races are run.
-const raceRounds = 1000
+// How often the races are run, if there is time.
+const (
+	raceRounds = 2000
+	raceTime   = 40 * time.Second
+)
+
+// raceAgain calls f with the generator of a fixed seed that often, or until
+// the test has failed.
+func raceAgain(t *testing.T, f func(r *rand.Rand)) {
+	t.Helper()
+	const seed = 20261125
+	r := rand.New(rand.NewPCG(seed, 0))
+	n := 0
+	for began := time.Now(); n < raceRounds && time.Since(began) < raceTime && !t.Failed(); n++ {
+		f(r)
+	}
+	t.Logf("seed %d: %d times", seed, n)
+}
 
 // Whenever a process is added while it executes another program, the process
 // that exists afterwards is bound.
@@ -168,8 +183,7 @@ func TestAddRacingExec(t *testing.T) {
 	wantFeature(t, addProcess)
 	a, b := partition(t, "a"), partition(t, "b")
 	p := startUnmergeable(t)
-	r := seeded(t)
-	for range raceRounds {
+	raceAgain(t, func(r *rand.Rand) {
 		if err := race(r, func() error { return p.Exec(t.Context()) }, func() error { return p.add(a) }); err != nil {
 			t.Fatal(err)
 		}
@@ -177,10 +191,7 @@ func TestAddRacingExec(t *testing.T) {
 		if err := p.remove(a); err != nil {
 			t.Fatal(err)
 		}
-		if t.Failed() {
-			return
-		}
-	}
+	})
 }
 
 // Whenever a process is added while it forks, it is bound, and whatever it has
@@ -191,9 +202,8 @@ func TestAddRacingFork(t *testing.T) {
 	a, b := partition(t, "a"), partition(t, "b")
 	p := startUnmergeable(t)
 	p.hold(n, 1, 1)
-	r := seeded(t)
 	var before int
-	for range raceRounds {
+	raceAgain(t, func(r *rand.Rand) {
 		var child *process
 		err := race(r, func() error {
 			c, err := p.Fork(t.Context())
@@ -222,12 +232,9 @@ func TestAddRacingFork(t *testing.T) {
 		if err := p.remove(a); err != nil {
 			t.Fatal(err)
 		}
-		if t.Failed() {
-			return
-		}
-	}
+	})
 	p.ask("check")
-	t.Logf("%d of %d children were forked before the process was bound", before, raceRounds)
+	t.Logf("%d children were forked before the process was bound", before)
 }
 
 // race does two things at the same time, the second a little later.
@@ -247,34 +254,19 @@ func race(r *rand.Rand, first, second func() error) error {
 	return err
 }
 
-// seeded returns a generator with a seed that is the same in every run.
-func seeded(t *testing.T) *rand.Rand {
-	t.Helper()
-	const seed = 20261125
-	t.Logf("seed %d", seed)
-	return rand.New(rand.NewPCG(seed, 0))
-}
-
-// A process that dies, or its partition with it, while it is added leaves
-// nothing.
+// A process that dies while it is added leaves nothing that would keep the
+// partition.
 func TestAddRacingExit(t *testing.T) {
 	wantFeature(t, addProcess)
-	r := seeded(t)
-	for range 200 {
+	raceAgain(t, func(r *rand.Rand) {
 		a := partition(t, "a")
 		p := startUnmergeable(t)
-		err := race(r, func() error { p.kill(); return nil }, func() error {
-			err := p.add(a)
-			if err == unix.ESRCH || err == unix.EINVAL {
-				err = nil
-			}
-			return err
-		})
+		err := race(r, func() error { p.kill(); return nil }, func() error { return p.add(a) })
 		if err != nil && !isAny(err, unix.ESRCH, unix.EINVAL) {
 			t.Fatal(err)
 		}
 		if err := ksm.Write("control/remove_partition", "%s", a); err != nil {
-			t.Fatal(fmt.Errorf("remove the partition of a process that died: %w", err))
+			t.Fatalf("remove the partition of a process that died: %v", err)
 		}
-	}
+	})
 }

@@ -2,6 +2,7 @@ package kernel_test
 
 import (
 	"errors"
+	"fmt"
 	"os"
 	"testing"
 
@@ -25,7 +26,8 @@ func run(m *testing.M) int {
 	if hasPartitions() == nil {
 		var err error
 		if stage, err = actor.OpenStage("../../build/bin/actor"); err != nil {
-			panic(err)
+			fmt.Fprintln(os.Stderr, err)
+			return 1
 		}
 		defer stage.Close()
 	}

@@ -26,6 +26,7 @@ const (
 
 // Bits of an entry of /proc/kpageflags; see include/uapi/linux/kernel-page-flags.h.
 const (
+	flagSlab      = 1 << 7
 	flagAnonymous = 1 << 12
 	flagKSM       = 1 << 21
 	flagZeroPage  = 1 << 24
@@ -166,8 +167,10 @@ func ByFrame(pages []Page) []Page {
 // Flags tells what kind of page a frame holds.
 type Flags uint64
 
-// KSM tells whether KSM has merged the page.
-func (f Flags) KSM() bool { return f&flagKSM != 0 }
+// KSM tells whether KSM has merged the page. A page of the kernel's own objects
+// may have the bit as well: what it holds in the place of a user's page's
+// mapping can look like a merged one's.
+func (f Flags) KSM() bool { return f&flagKSM != 0 && f&flagSlab == 0 }
 
 // Anonymous tells whether the page holds data of a process: not the zero page
 // that all processes read what they never wrote from, nor a page that the
