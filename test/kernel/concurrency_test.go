@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"errors"
 	"fmt"
+	"os"
 	"os/exec"
 	"strings"
 	"testing"
@@ -11,6 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/selective-ksm/selective-ksm/test/kernel/actor"
 	"github.com/selective-ksm/selective-ksm/test/kernel/ksm"
 )
 
@@ -136,6 +138,34 @@ func TestLongMergeStopsNobody(t *testing.T) {
 	}
 }
 
+// A merge that does not pause holds no lock for longer than a batch either:
+// others get on in its partition, in another one, and in its process.
+func TestLocksAreHeldForABatch(t *testing.T) {
+	const n = 32768
+	a, b := partition(t, "a"), partition(t, "b")
+	p, q, r := holding(t, n, 1), holding(t, 8, 1), holding(t, 8, 1)
+	w := writeApart(t, a+"/trigger_merge", "%d %x %x", p.Pid, p.start, p.end)
+	before, times := counter(t, a+"/pages_scanned"), 0
+	for ; w.running(); times++ {
+		for partition, small := range map[string]*process{a: q, b: r} {
+			if err := small.merge(partition, 0, 8); err != nil {
+				t.Fatal(err)
+			}
+		}
+		p.syscall(unix.SYS_MPROTECT, p.start, actor.PageSize, unix.PROT_READ|unix.PROT_WRITE)
+	}
+	if w.err != nil {
+		t.Fatal(w.err)
+	}
+	if scanned := counter(t, a+"/pages_scanned") - before; scanned < n/2 {
+		t.Errorf("%d pages of %d were left to merge when others came", scanned, n)
+	}
+	const least = 3
+	if times < least {
+		t.Errorf("others got on %d times during a merge of %d pages, want %d", times, n, least)
+	}
+}
+
 // Who is killed in a merge ends at the end of the batch, and the partition is
 // as good as before.
 func TestKilledMergeStops(t *testing.T) {
@@ -209,6 +239,19 @@ func TestRemovalUnderWay(t *testing.T) {
 	wantErr(t, "open it", openErr(a, 0), unix.ENOENT)
 	wantErr(t, "remove it once more", ksm.Write("control/remove_partition", "%s", a), unix.EBUSY)
 	wantErr(t, "merge one of its processes elsewhere", last.merge(b, 0, n), unix.EBUSY)
+	// Who makes it anew waits until it is gone, but not when killed.
+	maker := startUnmergeable(t)
+	if err := maker.Tell("open %d %d %s", ksm.OpenNumber, unix.O_CREAT, a); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, func() error {
+		data, err := os.ReadFile(fmt.Sprintf("/proc/%d/syscall", maker.Pid))
+		if err == nil && !strings.HasPrefix(string(data), fmt.Sprintf("%d ", ksm.OpenNumber)) {
+			err = fmt.Errorf("ksm_open does not wait: %s", data)
+		}
+		return err
+	})
+	maker.kill()
 	if !w.running() {
 		t.Fatalf("the removal is over: %v", w.err)
 	}

@@ -192,14 +192,16 @@ func wait(pidfd *os.File) error {
 // Ask has the actor do something, and returns the number that it answers, an
 // errno of its own if it is that of a call that failed.
 func (a *Actor) Ask(format string, args ...any) (int64, error) {
-	command := fmt.Sprintf(format, args...)
-	if err := a.tell(command); err != nil {
+	if err := a.Tell(format, args...); err != nil {
 		return 0, err
 	}
-	return a.answer(command)
+	return a.answer(fmt.Sprintf(format, args...))
 }
 
-func (a *Actor) tell(command string) error {
+// Tell has the actor do something, and does not wait for it. All that can be
+// done to the actor from then on is to kill it.
+func (a *Actor) Tell(format string, args ...any) error {
+	command := fmt.Sprintf(format, args...)
 	if err := a.conn.SetDeadline(time.Now().Add(patience)); err != nil {
 		return err
 	}
@@ -240,7 +242,7 @@ func (a *Actor) beget(ctx context.Context, how string) (*Actor, error) {
 
 // Exec has the actor execute its program anew, without the memory it had.
 func (a *Actor) Exec(ctx context.Context) error {
-	if err := a.tell("exec"); err != nil {
+	if err := a.Tell("exec"); err != nil {
 		return err
 	}
 	conn, err := a.stage.await(ctx, a.Pid)
