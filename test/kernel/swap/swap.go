@@ -4,6 +4,9 @@ package swap
 import (
 	"fmt"
 	"os/exec"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/selective-ksm/selective-ksm/test/kernel/ksm"
 )
@@ -15,21 +18,31 @@ func Make() error {
 	if err := ksm.WriteFile("/sys/block/zram0/disksize", []byte("256M")); err != nil {
 		return err
 	}
-	if err := run("mkswap"); err != nil {
-		return err
+	if out, err := exec.Command("/sbin/mkswap", device).CombinedOutput(); err != nil {
+		return fmt.Errorf("mkswap: %w: %s", err, out)
 	}
 	return On()
 }
 
 // On turns the swap on.
-func On() error { return run("swapon") }
+func On() error { return toggle("swapon", unix.SYS_SWAPON) }
 
 // Off turns the swap off: all that is in it comes back.
-func Off() error { return run("swapoff") }
+func Off() error { return toggle("swapoff", unix.SYS_SWAPOFF) }
 
-func run(command string) error {
-	if out, err := exec.Command("/sbin/"+command, device).CombinedOutput(); err != nil {
-		return fmt.Errorf("%s: %w: %s", command, err, out)
+func toggle(name string, number uintptr) error {
+	path, err := unix.BytePtrFromString(device)
+	if err != nil {
+		return err
 	}
-	return nil
+	for {
+		_, _, errno := unix.Syscall(number, uintptr(unsafe.Pointer(path)), 0, 0)
+		switch errno {
+		case 0:
+			return nil
+		case unix.EINTR: // by the end of a child, say
+		default:
+			return fmt.Errorf("%s: %w", name, errno)
+		}
+	}
 }

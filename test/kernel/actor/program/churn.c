@@ -315,28 +315,29 @@ static void do_fork(void)
 		fail("fork: %s", strerror(errno));
 }
 
-static void execute_with(uint64_t s)
+/* The argument with which a process is executed that has a seed of its own. */
+static const char *argument(unsigned int what)
 {
-	char argument[32];
+	static char buf[32];
 
-	snprintf(argument, sizeof(argument), "%#" PRIx64, s);
-	execute("churn", argument);
+	snprintf(buf, sizeof(buf), "%#" PRIx64, mix(seed + step + what));
+	return buf;
 }
 
 static void do_exec(void)
 {
 	check_all();
-	execute_with(mix(seed + step + 2));
+	execute("churn", argument(2));
 	fail("exec: %s", strerror(errno));
 }
 
 static void do_vfork(void)
 {
-	uint64_t s = mix(seed + step + 3);
+	const char *with = argument(3);
 	pid_t pid = vfork();
 
 	if (pid == 0) {
-		execute_with(s);
+		execute("churn", with);
 		_exit(3);
 	}
 	if (pid < 0 && errno != EAGAIN && errno != ENOMEM)
