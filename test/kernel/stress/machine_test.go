@@ -27,7 +27,8 @@ import (
 
 // prepareMachine gives the kernel a swap to write to, and so many pids that
 // none is used twice: one that is read from a list is never that of another
-// process a moment later.
+// process a moment later. Whether pages merge across nodes is up to the seed,
+// as it cannot be changed while there are partitions.
 func prepareMachine(t *testing.T) {
 	t.Helper()
 	for _, w := range []struct{ file, value string }{
@@ -35,8 +36,9 @@ func prepareMachine(t *testing.T) {
 		{"/sys/kernel/mm/transparent_hugepage/enabled", "always"},
 		// khugepaged is slow by default, and with it what it may do wrong.
 		{"/sys/kernel/mm/transparent_hugepage/khugepaged/scan_sleep_millisecs", "100"},
+		{filepath.Join(ksm.Root, "merge_across_nodes"), strconv.FormatUint(*seed%2, 10)},
 	} {
-		if err := os.WriteFile(w.file, []byte(w.value), 0); err != nil {
+		if err := ksm.WriteFile(w.file, []byte(w.value)); err != nil {
 			t.Fatal(err)
 		}
 	}
