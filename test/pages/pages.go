@@ -54,6 +54,16 @@ func Range(pid int, start, end uint64) ([]Page, error) {
 // All returns all pages of a process that are present and anonymous. It leaves
 // out mappings without any access right, where Go reserves gigabytes.
 func All(pid int) ([]Page, error) {
+	return all(pid, func(rights string) bool { return !strings.HasPrefix(rights, "---") })
+}
+
+// AllAndProtected returns all pages of a process that are present and
+// anonymous, those without any access right too.
+func AllAndProtected(pid int) ([]Page, error) {
+	return all(pid, func(string) bool { return true })
+}
+
+func all(pid int, wanted func(rights string) bool) ([]Page, error) {
 	maps, err := os.Open(fmt.Sprintf("/proc/%d/maps", pid))
 	if err != nil {
 		return nil, err
@@ -73,7 +83,7 @@ func All(pid int) ([]Page, error) {
 		if _, err := fmt.Sscanf(lines.Text(), "%x-%x %s", &start, &end, &rights); err != nil {
 			return nil, fmt.Errorf("%s: %q: %w", maps.Name(), lines.Text(), err)
 		}
-		if strings.HasPrefix(rights, "---") || strings.HasSuffix(lines.Text(), "[vsyscall]") {
+		if !wanted(rights) || strings.HasSuffix(lines.Text(), "[vsyscall]") {
 			continue
 		}
 		if found, err = readRange(f, found, start, end); err != nil {

@@ -68,6 +68,17 @@ func TestRangeFindsWhatWasWritten(t *testing.T) {
 			t.Errorf("page at %#x is not among all pages", p.Address)
 		}
 	}
+
+	// What nobody may touch is there all the same.
+	if err := unix.Mprotect(m, unix.PROT_NONE); err != nil {
+		t.Fatal(err)
+	}
+	if all, err = All(os.Getpid()); err != nil || slices.Contains(all, found[0]) {
+		t.Errorf("a page without access rights is among all pages, %v", err)
+	}
+	if all, err = AllAndProtected(os.Getpid()); err != nil || !slices.Contains(all, found[0]) {
+		t.Errorf("a page without access rights is not among all pages and protected ones, %v", err)
+	}
 }
 
 func TestZeroPageIsNobodys(t *testing.T) {

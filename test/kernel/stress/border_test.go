@@ -24,7 +24,7 @@ type ownedPage struct {
 func pagesOf(f *family) []ownedPage {
 	var all []ownedPage
 	for _, pid := range f.pids() {
-		found, err := pages.All(pid)
+		found, err := pages.AllAndProtected(pid)
 		if err != nil {
 			continue
 		}
