@@ -14,7 +14,8 @@ import (
 var complaints = regexp.MustCompile(strings.Join([]string{
 	// Most checks, from lockdep to KASAN, report as one of these.
 	`\bBUG: `, `\bWARNING: `, `\bOops: `, `\bkernel BUG at `, `\bKernel panic\b`,
-	`\bUBSAN: `,
+	// The slab allocator names the cache.
+	`\bBUG \S+ \(.*\): `, `\bUBSAN: `,
 	`\bkmemleak: \d+ new suspected`,
 	`\bINFO: (task .* blocked|trying to register non-static key)`,
 	`\brcu: INFO: .* stall`,

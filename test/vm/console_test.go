@@ -10,6 +10,7 @@ func TestConsoleComplaints(t *testing.T) {
 	for line, want := range map[string]bool{
 		"[    1.0] BUG: KASAN: slab-use-after-free in ksm_scan":               true,
 		"[    1.0] BUG: unable to handle page fault for address: ffff":        true,
+		"[    1.0] BUG ksm_rmap_item (Not tainted): Poison overwritten":       true,
 		"[    1.0] kernel BUG at mm/ksm.c:1234!":                              true,
 		"[    1.0] WARNING: CPU: 0 PID: 61 at mm/ksm.c:1 ksm_do_scan+0x1":     true,
 		"[    1.0] WARNING: possible recursive locking detected":              true,
