@@ -3,6 +3,8 @@
 # make check         format, vet, lint and unit tests: less than a minute
 # make stress        STRESS=10m of all that may go wrong, on a kernel that checks itself
 # make bench-kernel  how long merging takes, next to KSM without the patches' option
+# make kernel-check  style, versions and configurations of the kernel series
+# make kernel-deb    CONFIG=FILE: installable packages of a kernel with the series
 #
 # Each sets up what it needs, Debian's packages included. Slow builds (the
 # kernel, containerd) stay in the user's cache directory; all else goes to build/.
@@ -36,20 +38,23 @@ demo: packages kernel tools build/bin/selective-ksm build/bin/workload build/bin
 	@$(VM) -- build/bin/demo
 
 .PHONY: test
-test: check test-vm
+test: check kernel-check test-vm
 
 .PHONY: check
 check: packages build/bin/selective-ksm
 	@unformatted=$$(gofmt -l .); test -z "$$unformatted" || { echo "gofmt would change: $$unformatted"; exit 1; }
-	shellcheck .ci/run kernel/build test/tools/build test/tools/toolchain
+	shellcheck -x .ci/run kernel/build kernel/check kernel/deb test/tools/build test/tools/toolchain
 	go vet ./...
 	go run $(STATICCHECK) ./...
 	CGO_ENABLED=1 go test -race ./...
 
-# The tests that need a kernel with Selective KSM, in it.
+# The tests of the VM and of what boots in it, and those that need a kernel with
+# Selective KSM, in it.
 .PHONY: test-vm
-test-vm: packages kernel debug-kernel tools build/bin/selective-ksm build/bin/workload build/bin/actor build/bin/demo build/bin/vm
-	SELECTIVE_KSM_KERNEL=$(CURDIR)/$(KERNEL) go test -count=1 ./test/vm/...
+test-vm: packages kernels tools build/bin/selective-ksm build/bin/workload build/bin/actor build/bin/demo build/bin/vm
+	@kernel/deb build/kernel/selective-ksm/config
+	SELECTIVE_KSM_KERNEL=$(CURDIR)/$(KERNEL) SELECTIVE_KSM_BUILD=$(CURDIR)/build \
+		go test -count=1 -p 1 -timeout 30m ./test/vm/... ./test/kernel/variants
 	go test -count=1 -p 1 -exec "$(VM) -env SELECTIVE_KSM_VM=1 --" ./engine/... ./test/kernel ./test/pages ./test/e2e/...
 	$(call stress,2m)
 	$(MAKE) demo
@@ -72,9 +77,25 @@ bench-kernel: packages kernel option-off-kernel build/bin/actor build/bin/bench 
 kernel:
 	@kernel/build
 
-.PHONY: debug-kernel option-off-kernel
-debug-kernel option-off-kernel:
+# Other variants: those that tests boot.
+.PHONY: debug-kernel option-off-kernel stock-kernel
+debug-kernel option-off-kernel stock-kernel:
 	@kernel/build $(@:-kernel=)
+
+# One after the other, for what they have in common to be compiled once.
+.PHONY: kernels
+kernels:
+	@for variant in selective-ksm option-off stock debug; do kernel/build $$variant || exit; done
+
+# Style, versions and configurations of the series.
+.PHONY: kernel-check
+kernel-check:
+	@kernel/check
+
+# Installable packages of the kernel with the configuration CONFIG.
+.PHONY: kernel-deb
+kernel-deb:
+	@kernel/deb $(CONFIG)
 
 .PHONY: tools
 tools:
