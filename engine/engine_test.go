@@ -129,6 +129,12 @@ func (m *machine) Unmerge(_ context.Context, partition string, pid int) error {
 	return nil
 }
 
+func (m *machine) Features() kernel.Features                             { return kernel.Features{} }
+func (m *machine) Bind(string, int) error                                { return kernel.ErrNotSupported }
+func (m *machine) Unbind(string, int) error                              { return kernel.ErrNotSupported }
+func (m *machine) Close() error                                          { return nil }
+func (m *machine) Settle(context.Context, string) (time.Duration, error) { return 0, nil }
+
 func (m *machine) Counters(string) (kernel.Counters, error) {
 	return kernel.Counters{Shared: 1, Sharing: 3}, nil
 }

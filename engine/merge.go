@@ -114,7 +114,7 @@ func (p *partition) mergeProcess(ctx context.Context, m *member, proc handle, of
 		p.failedProcess(m, err)
 		return false
 	}
-	for _, r := range offer.Ranges {
+	for _, r := range chunks(offer.Ranges) {
 		// What follows is asked for by number, which is this process's as long as it
 		// is alive.
 		if !proc.Alive() {
@@ -132,6 +132,21 @@ func (p *partition) mergeProcess(ctx context.Context, m *member, proc handle, of
 	}
 	*offered += offer.Bytes
 	return true
+}
+
+// chunk is the most that is asked of the kernel at a time, in bytes: a merge under
+// way cannot be ended.
+const chunk = 16 << 20
+
+// chunks cuts ranges so that none is larger than a chunk.
+func chunks(ranges []kernel.Range) []kernel.Range {
+	var cut []kernel.Range
+	for _, r := range ranges {
+		for start := r.Start; start < r.End; start += chunk {
+			cut = append(cut, kernel.Range{Start: start, End: min(start+chunk, r.End)})
+		}
+	}
+	return cut
 }
 
 // failedProcess takes note of why a process was not merged, or not to its end.
