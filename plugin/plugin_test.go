@@ -33,7 +33,9 @@ type recorder struct {
 	mu    sync.Mutex
 	calls []string
 	add   error
-	last  []engine.Container // of Reconcile
+	// optsIn is that the engine needs no wrapper.
+	optsIn bool
+	last   []engine.Container // of Reconcile
 }
 
 func (r *recorder) record(format string, args ...any) {
@@ -58,6 +60,7 @@ func (r *recorder) Add(ctx context.Context, c engine.Container) error {
 	return r.add
 }
 
+func (r *recorder) OptsIn() bool          { return r.optsIn }
 func (r *recorder) Start(id string)       { r.record("start %s", id) }
 func (r *recorder) Stop(id string)        { r.record("stop %s", id) }
 func (r *recorder) StopSandbox(id string) { r.record("stop sandbox %s", id) }
@@ -369,6 +372,14 @@ func TestNotMerged(t *testing.T) {
 	}
 	expect(t, e, "add c6 to "+podOf)
 
+	// Nor is one whose memory the engine opts in.
+	e.optsIn = true
+	if a := r.create(t, ctr("c8", 0, "sh")); len(a.GetArgs()) != 0 || len(a.GetMounts()) != 0 {
+		t.Errorf("wrapped for nothing: %v", a)
+	}
+	expect(t, e, "add c8 to "+podOf)
+	e.optsIn = false
+
 	// The wrapper vanishes, as in an upgrade.
 	if err := os.Remove(c.Wrapper); err != nil {
 		t.Fatal(err)
@@ -425,7 +436,7 @@ func TestConfigure(t *testing.T) {
 	c := configuration(t)
 	log, _ := logtest.NewNullLogger()
 	var applied []config.Config
-	p := &plugin{Options: Options{Apply: func(c config.Config) { applied = append(applied, c) }, Log: log}}
+	p := &plugin{Options: Options{Engine: &recorder{}, Apply: func(c config.Config) { applied = append(applied, c) }, Log: log}}
 	if _, err := p.Configure(t.Context(), "partitionBy: container\nwrapper: "+c.Wrapper, "runtime", "v1.2.3"); err != nil {
 		t.Fatal(err)
 	}

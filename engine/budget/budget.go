@@ -10,6 +10,7 @@ package budget
 
 import (
 	"context"
+	"math"
 	"runtime"
 	"slices"
 	"sync"
@@ -21,12 +22,13 @@ import (
 // Limits are how much may be spent.
 type Limits struct {
 	// Total and Partition are the shares of one CPU that all partitions together, and
-	// each, may take in any time of length Window: 0.05 is 5 %. A turn is begun while
-	// there is something left, so that the last one may go beyond by its own length.
+	// each, may take in any time of length Window: 0.05 is 5 %, and 0 is no limit. A
+	// turn is begun while there is something left, so that the last one may go beyond
+	// by its own length.
 	Total, Partition float64
 	// Window is how long it takes until what was spent is there again.
 	Window time.Duration
-	// Workers is how many turns there are at a time.
+	// Workers is how many turns there are at a time, 1 if it is 0.
 	Workers int
 }
 
@@ -154,7 +156,7 @@ func (b *Budget) grant() {
 	now := time.Now()
 	b.total.expire(now, b.limits.Window)
 	b.waiting = slices.DeleteFunc(b.waiting, func(t *turn) bool {
-		if b.running >= b.limits.Workers || b.total.sum >= b.limits.total() {
+		if b.running >= max(1, b.limits.Workers) || b.total.sum >= b.limits.total() {
 			return false
 		}
 		w := b.of(t.partition)
@@ -192,8 +194,15 @@ func (b *Budget) of(partition string) *window {
 	return w
 }
 
-func (l Limits) total() time.Duration     { return time.Duration(l.Total * float64(l.Window)) }
-func (l Limits) partition() time.Duration { return time.Duration(l.Partition * float64(l.Window)) }
+func (l Limits) total() time.Duration     { return l.share(l.Total) }
+func (l Limits) partition() time.Duration { return l.share(l.Partition) }
+
+func (l Limits) share(of float64) time.Duration {
+	if of == 0 {
+		return math.MaxInt64
+	}
+	return time.Duration(of * float64(l.Window))
+}
 
 // window is what was spent in the last time of one length.
 type window struct {

@@ -149,13 +149,14 @@ func (p *Process) place(line string, n int) error {
 	return nil
 }
 
-// Close ends the process. One that was killed is no error.
+// Close ends the process, if it has not been. One that was killed is no error.
 func (p *Process) Close() error {
 	if p.cmd == nil {
 		return nil
 	}
 	p.in.Close()
 	err := p.cmd.Wait()
+	p.cmd = nil
 	if exit := (*exec.ExitError)(nil); errors.As(err, &exit) && exit.Sys().(unix.WaitStatus).Signal() == unix.SIGKILL {
 		return nil
 	}
