@@ -7,6 +7,7 @@ import (
 	"runtime"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -228,15 +229,10 @@ func TestSetLimits(t *testing.T) {
 // What is counted is the thread's own time, and of none that runs beside it.
 func TestThreadTime(t *testing.T) {
 	b := New(Limits{Total: 100, Partition: 100, Window: time.Hour, Workers: 1})
-	stop := make(chan struct{})
+	var over atomic.Bool
 	var beside sync.WaitGroup
 	beside.Go(func() {
-		for {
-			select {
-			case <-stop:
-				return
-			default:
-			}
+		for !over.Load() {
 		}
 	})
 	var own time.Duration
@@ -248,7 +244,7 @@ func TestThreadTime(t *testing.T) {
 		}
 		return 5 * time.Millisecond, nil
 	})
-	close(stop)
+	over.Store(true)
 	beside.Wait()
 	if spent := b.Spent(); err != nil || spent < own+5*time.Millisecond || spent > own+15*time.Millisecond {
 		t.Errorf("%v counted for %v of its own and 5ms elsewhere, %v", spent, own, err)
