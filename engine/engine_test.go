@@ -76,6 +76,17 @@ func (m *machine) call(format string, args ...any) error {
 	return nil
 }
 
+// look fails as a call does, but is none to the kernel, or changes nothing there.
+func (m *machine) look(what string) error {
+	m.mu.Lock()
+	fail := m.fail
+	m.mu.Unlock()
+	if fail != nil {
+		return fail(what)
+	}
+	return nil
+}
+
 // took returns the calls since it was last called.
 func (m *machine) took() []string {
 	m.mu.Lock()
@@ -118,6 +129,9 @@ func (m *machine) RemovePartition(name string) error {
 }
 
 func (m *machine) Partitions() ([]string, error) {
+	if err := m.look("list"); err != nil {
+		return nil, err
+	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return slices.Sorted(maps.Keys(m.partitions)), nil
@@ -199,10 +213,16 @@ func (m *machine) Unbind(partition string, pid int) error {
 }
 
 func (m *machine) Counters(string) (kernel.Counters, error) {
+	if err := m.look("counters"); err != nil {
+		return kernel.Counters{}, err
+	}
 	return kernel.Counters{Shared: 1, Sharing: 3}, nil
 }
 
 func (m *machine) open_(path string) ([]handle, error) {
+	if err := m.look("open"); err != nil {
+		return nil, err
+	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	pids, ok := m.containers[path]
@@ -222,12 +242,18 @@ type fakeHost struct{ *machine }
 func (h fakeHost) open(path string) ([]handle, error) { return h.open_(path) }
 
 func (h fakeHost) member(path string, pid int) (bool, error) {
+	if err := h.look("member"); err != nil {
+		return false, err
+	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	return slices.Contains(h.containers[path], pid) && (!h.dead[pid] || h.again[pid]), nil
 }
 
 func (h fakeHost) exists(path string) error {
+	if err := h.look("exists"); err != nil {
+		return err
+	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if _, ok := h.containers[path]; !ok {
@@ -237,6 +263,9 @@ func (h fakeHost) exists(path string) error {
 }
 
 func (h fakeHost) waitEmpty(ctx context.Context, path string) error {
+	if err := h.look("waitEmpty"); err != nil {
+		return err
+	}
 	for {
 		h.mu.Lock()
 		pids, ended := h.containers[path], h.ended
@@ -261,18 +290,27 @@ func (h fakeHost) pressed(ctx context.Context, path string, scarce func()) error
 }
 
 func (h fakeHost) mergeableOnes() ([]int, error) {
+	if err := h.look("mergeableOnes"); err != nil {
+		return nil, err
+	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	return slices.Clone(h.mergeableAll), nil
 }
 
 func (h fakeHost) mergeable(pid int) (bool, error) {
+	if err := h.look("mergeable"); err != nil {
+		return false, err
+	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	return !h.optedOut[pid], nil
 }
 
 func (h fakeHost) find(pid int, o memory.Options) (memory.Offer, error) {
+	if err := h.look("find"); err != nil {
+		return memory.Offer{}, err
+	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.options = append(h.options, o)
@@ -282,6 +320,9 @@ func (h fakeHost) find(pid int, o memory.Options) (memory.Offer, error) {
 }
 
 func (h fakeHost) activity(pid int) (memory.Activity, error) {
+	if err := h.look("activity"); err != nil {
+		return memory.Activity{}, err
+	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if h.quiet[pid] {
@@ -292,6 +333,9 @@ func (h fakeHost) activity(pid int) (memory.Activity, error) {
 }
 
 func (h fakeHost) clearDirty(pid int) error {
+	if err := h.look("clearDirty"); err != nil {
+		return err
+	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.cleared = append(h.cleared, pid)
@@ -299,6 +343,9 @@ func (h fakeHost) clearDirty(pid int) error {
 }
 
 func (h fakeHost) merged(int) (uint64, error) {
+	if err := h.look("merged"); err != nil {
+		return 0, err
+	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.total += h.saved
