@@ -39,6 +39,8 @@ const (
 // that the first merge finds all of it.
 const pluginConfig = `startDelays: []
 interval: 8s
+budget: 100%
+partitionBudget: 100%
 logFormat: json
 `
 

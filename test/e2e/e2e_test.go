@@ -282,9 +282,9 @@ func worker(seed uint64) node.ContainerConfig {
 const (
 	// late leaves the containers of a pod the time to fill their memory, so that
 	// the first merge finds all of it.
-	late = "startDelays: []\ninterval: 6s\nlogFormat: json\n"
+	late = "startDelays: []\ninterval: 6s\nbudget: 200%\npartitionBudget: 100%\nlogFormat: json\n"
 	// often merges a container again and again.
-	often = "startDelays: [0s, 1s]\ninterval: 1s\nlogFormat: json\n"
+	often = "startDelays: [0s, 1s]\ninterval: 1s\nbudget: 200%\npartitionBudget: 100%\nlogFormat: json\n"
 )
 
 // The first merge finds all there is to merge, inside the pods and nowhere
@@ -496,7 +496,7 @@ func TestOptInRefused(t *testing.T) {
 func TestPluginKilled(t *testing.T) {
 	n := sharedNode(t)
 	// Late enough for both pods to be there before the first merge.
-	p := startPlugin(t, n, "startDelays: []\ninterval: 15s\nlogFormat: json\n")
+	p := startPlugin(t, n, "startDelays: []\ninterval: 15s\nbudget: 200%\npartitionBudget: 100%\nlogFormat: json\n")
 	guard := border.Watch()
 	// Enough for a merge to take its time.
 	const size = 32
