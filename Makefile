@@ -1,5 +1,6 @@
 # make demo    the main job, on real containers in a VM
 # make test    everything
+# make bench   what the plugin costs, in a VM
 # make check   format, vet, lint and unit tests: less than a minute
 #
 # Each sets up what it needs, Debian's packages included. Slow builds (the
@@ -38,6 +39,11 @@ test-vm: packages kernel tools build/bin/selective-ksm build/bin/workload build/
 	go test -count=1 -p 1 -exec "$(VM) -env SELECTIVE_KSM_VM=1 --" ./engine/... ./test/kernel ./test/pages ./test/e2e/...
 	$(VM) -- build/bin/demo
 
+# What the plugin costs on a node with 1,000 containers; fails above its limits.
+.PHONY: bench
+bench: packages kernel build/bin/selective-ksm build/bin/bench build/bin/vm
+	@$(VM) -- build/bin/bench
+
 .PHONY: kernel
 kernel:
 	@kernel/build
@@ -54,6 +60,8 @@ build/bin/workload: FORCE
 	@go build -trimpath -o $@ ./test/workload
 build/bin/demo: FORCE
 	@go build -trimpath -o $@ ./test/demo
+build/bin/bench: FORCE
+	@go build -trimpath -o $@ ./test/bench
 build/bin/vm: FORCE
 	@go build -trimpath -o $@ ./test/vm/cmd/vm
 

@@ -21,8 +21,10 @@ import (
 	logtest "github.com/sirupsen/logrus/hooks/test"
 	"golang.org/x/sys/unix"
 
+	"github.com/selective-ksm/selective-ksm/engine/cgroup"
 	"github.com/selective-ksm/selective-ksm/engine/kernel"
 	"github.com/selective-ksm/selective-ksm/engine/kernel/sysfs"
+	"github.com/selective-ksm/selective-ksm/engine/memory"
 	"github.com/selective-ksm/selective-ksm/test/missing"
 	"github.com/selective-ksm/selective-ksm/test/pages"
 )
@@ -205,11 +207,16 @@ func (l *late) Merge(ctx context.Context, partition string, pid int, r kernel.Ra
 	}
 	l.victim = 0
 	l.reuse(pid)
-	// What the stranger has at the place that both have data in.
-	l.answer = l.Kernel.Merge(ctx, partition, pid, kernel.Range{
-		Start: forkerAt, End: forkerAt + uint64(forkerPages*os.Getpagesize()),
-	})
+	l.answer = l.Kernel.Merge(ctx, partition, pid, r)
 	return l.answer
+}
+
+// onlyData is the machine, of which forkers offer no more than their data.
+type onlyData struct{ linux }
+
+func (onlyData) find(pid int, o memory.Options) (memory.Offer, error) {
+	data := kernel.Range{Start: forkerAt, End: forkerAt + uint64(forkerPages*os.Getpagesize())}
+	return memory.Offer{Ranges: []kernel.Range{data}, Bytes: data.Len(), Mergeable: true}, nil
 }
 
 // Numbers of processes are used again, thousands of times, between the moment that
@@ -255,6 +262,7 @@ func TestVMNumbersUsedAgain(t *testing.T) {
 
 			log, _ := logtest.NewNullLogger()
 			e := New(Options{Kernel: k, Owned: func(string) bool { return false }, Log: log, Settings: Settings{Interval: time.Hour}})
+			e.host = onlyData{linux{cgroupRoot: cgroup.DefaultRoot}}
 			p := e.partition("sksm-test-a")
 			e.mu.Lock()
 			e.join(Container{ID: "a", CgroupsPath: "/sksm-test-a", Partition: p.name})
