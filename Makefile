@@ -2,7 +2,13 @@
 # make test          everything
 # make check         format, vet, lint and unit tests: less than a minute
 # make stress        STRESS=10m of all that may go wrong, on a kernel that checks itself
+# make bench         what the plugin costs, in a VM
 # make bench-kernel  how long merging takes, next to KSM without the patches' option
+# make test-vm       what of make test needs a VM
+# make build         build/bin/selective-ksm alone
+# make kernel        the kernel with the series; debug-kernel, option-off-kernel: others
+# make tools         containerd and runc for the tests
+# make clean         remove build/, not the cache
 #
 # Each sets up what it needs, Debian's packages included. Slow builds (the
 # kernel, containerd) stay in the user's cache directory; all else goes to build/.
@@ -61,12 +67,17 @@ stress: packages debug-kernel build/bin/actor build/bin/vm
 # The machine is never the same for long: each kernel has its turn twice.
 BENCH := build/bench
 .PHONY: bench-kernel
-bench-kernel: packages kernel option-off-kernel build/bin/actor build/bin/bench build/bin/vm
+bench-kernel: packages kernel option-off-kernel build/bin/actor build/bin/bench-kernel build/bin/vm
 	@mkdir -p $(BENCH)
 	for turn in 1 2; do for kernel in selective-ksm option-off; do \
-		$(call vm,$$kernel) -- build/bin/bench >$(BENCH)/$$kernel-$$turn.json || exit 1; \
+		$(call vm,$$kernel) -- build/bin/bench-kernel >$(BENCH)/$$kernel-$$turn.json || exit 1; \
 	done; done
-	build/bin/bench -json $(BENCH)/kernel.json compare $(BENCH)/*-[12].json
+	build/bin/bench-kernel -json $(BENCH)/kernel.json compare $(BENCH)/*-[12].json
+
+# What the plugin costs on a node with 1,000 containers; fails above its limits.
+.PHONY: bench
+bench: packages kernel build/bin/selective-ksm build/bin/bench build/bin/vm
+	@$(VM) -- build/bin/bench
 
 .PHONY: kernel
 kernel:
@@ -89,6 +100,8 @@ build/bin/workload: FORCE
 build/bin/demo: FORCE
 	@go build -trimpath -o $@ ./test/demo
 build/bin/bench: FORCE
+	@go build -trimpath -o $@ ./test/bench
+build/bin/bench-kernel: FORCE
 	@go build -trimpath -o $@ ./test/kernel/bench
 build/bin/vm: FORCE
 	@go build -trimpath -o $@ ./test/vm/cmd/vm

@@ -55,9 +55,9 @@ func Find(root, cgroupsPath string) (string, error) {
 }
 
 // Pids returns the processes of a cgroup and of those below it, in ascending
-// order. Processes that the caller's pid namespace does not have are left out. It returns an error that
-// matches [fs.ErrNotExist] when the cgroup is gone; those below it may come and go
-// meanwhile.
+// order. Processes that the caller's pid namespace does not have are left out. It
+// returns an error that matches [fs.ErrNotExist] when the cgroup is gone; those below
+// it may come and go meanwhile.
 func Pids(dir string) ([]int, error) {
 	var pids []int
 	err := filepath.WalkDir(dir, func(path string, e fs.DirEntry, err error) error {
@@ -99,6 +99,23 @@ func Pids(dir string) ([]int, error) {
 	}
 	slices.Sort(pids)
 	return slices.Compact(pids), nil
+}
+
+// Populated reports whether a cgroup or one below it has a process, of whatever pid
+// namespace.
+func Populated(dir string) bool {
+	populated := false
+	filepath.WalkDir(dir, func(path string, e fs.DirEntry, err error) error {
+		if err != nil || !e.IsDir() {
+			return nil // what has gone meanwhile has no process
+		}
+		if data, err := os.ReadFile(filepath.Join(path, "cgroup.procs")); err == nil && len(data) > 0 {
+			populated = true
+			return fs.SkipAll
+		}
+		return nil
+	})
+	return populated
 }
 
 // relative turns a cgroupsPath into a path below the mount of a hierarchy. The
