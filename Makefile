@@ -13,6 +13,7 @@ STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.1
 KERNEL := build/kernel/selective-ksm/bzImage
 # The memory holds everything the guest writes, and the demo's containers.
 VM := $(CURDIR)/build/bin/vm -kernel $(CURDIR)/$(KERNEL) -memory 3G
+VM_STOCK := $(CURDIR)/build/bin/vm -kernel $(CURDIR)/build/kernel/stock/bzImage -memory 3G
 
 .PHONY: build
 build: build/bin/selective-ksm
@@ -38,6 +39,9 @@ test-vm: packages kernel tools build/bin/selective-ksm build/bin/workload build/
 	SELECTIVE_KSM_KERNEL=$(CURDIR)/$(KERNEL) go test -count=1 ./test/vm/...
 	go test -count=1 -p 1 -exec "$(VM) -env SELECTIVE_KSM_VM=1 --" ./engine/... ./test/kernel ./test/pages ./test/e2e/...
 	$(VM) -- build/bin/demo
+	kernel/build stock
+	go test -count=1 -p 1 -run 'Conformance|VM(Partitions|Restart|Processes)' \
+		-exec "$(VM_STOCK) -env SELECTIVE_KSM_VM=1 --" ./engine ./engine/kernel/mainline
 
 # What the plugin costs on a node with 1,000 containers; fails above its limits.
 .PHONY: bench
