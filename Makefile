@@ -46,6 +46,7 @@ test-vm: packages kernel tools build/bin/selective-ksm build/bin/workload build/
 # What the plugin costs on a node with 1,000 containers; fails above its limits.
 .PHONY: bench
 bench: packages kernel build/bin/selective-ksm build/bin/bench build/bin/vm
+	go test -run '^$$' -bench . ./engine
 	@$(VM) -- build/bin/bench
 
 .PHONY: kernel
