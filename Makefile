@@ -59,6 +59,9 @@ test-vm: packages kernel debug-kernel tools build/bin/selective-ksm build/bin/wo
 	go test -count=1 -p 1 -exec "$(VM) -env SELECTIVE_KSM_VM=1 --" ./engine/... ./test/kernel ./test/pages ./test/e2e/...
 	$(call stress,2m)
 	$(MAKE) demo
+	kernel/build stock
+	go test -count=1 -p 1 -run 'Conformance|VM(Partitions|Restart|Processes)' \
+		-exec "$(call vm,stock) -env SELECTIVE_KSM_VM=1 --" ./engine ./engine/kernel/mainline
 
 .PHONY: stress
 stress: packages debug-kernel build/bin/actor build/bin/vm
@@ -77,6 +80,7 @@ bench-kernel: packages kernel option-off-kernel build/bin/actor build/bin/bench-
 # What the plugin costs on a node with 1,000 containers; fails above its limits.
 .PHONY: bench
 bench: packages kernel build/bin/selective-ksm build/bin/bench build/bin/vm
+	go test -run '^$$' -bench . ./engine
 	@$(VM) -- build/bin/bench
 
 .PHONY: kernel

@@ -241,6 +241,18 @@ type fakeHost struct{ *machine }
 
 func (h fakeHost) open(path string) ([]handle, error) { return h.open_(path) }
 
+func (h fakeHost) list(path string) ([]int, error) {
+	if err := h.look("open"); err != nil {
+		return nil, err
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if pids, ok := h.containers[path]; ok {
+		return slices.Clone(pids), nil
+	}
+	return nil, fs.ErrNotExist
+}
+
 func (h fakeHost) member(path string, pid int) (bool, error) {
 	if err := h.look("member"); err != nil {
 		return false, err

@@ -14,6 +14,8 @@ import (
 type host interface {
 	// open opens the processes of a container, as [process.Open] does.
 	open(cgroupsPath string) ([]handle, error)
+	// list is [process.List]: the numbers alone.
+	list(cgroupsPath string) ([]int, error)
 	// member and waitEmpty are [process.Member] and [process.WaitEmpty].
 	member(cgroupsPath string, pid int) (bool, error)
 	waitEmpty(ctx context.Context, cgroupsPath string) error
@@ -52,6 +54,10 @@ func (l linux) open(cgroupsPath string) ([]handle, error) {
 		handles[i] = p
 	}
 	return handles, err
+}
+
+func (l linux) list(cgroupsPath string) ([]int, error) {
+	return process.List(l.cgroupRoot, cgroupsPath)
 }
 
 func (l linux) member(cgroupsPath string, pid int) (bool, error) {

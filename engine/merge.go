@@ -54,6 +54,8 @@ type pass struct {
 	offered uint64 // bytes
 	zero    uint64 // bytes
 	took    time.Duration
+	// unchanged is that the result is that of the last merge.
+	unchanged bool
 }
 
 // merge merges all members that run, and logs what came of it. It returns early
@@ -163,6 +165,10 @@ func (s *pass) run(ctx context.Context) {
 		}
 	}
 	begin := time.Now()
+	if !s.full && s.quiet() {
+		s.took = time.Since(begin)
+		return
+	}
 	processes, err := p.engine.host.open(m.CgroupsPath)
 	if errors.Is(err, fs.ErrNotExist) {
 		p.engine.gone(m)
@@ -179,6 +185,31 @@ func (s *pass) run(ctx context.Context) {
 		}
 	}
 	s.took = time.Since(begin)
+}
+
+// quiet reports whether the container has the same processes as when it was last
+// merged, and none of them has done anything since. Nothing is asked of the kernel then,
+// and no process has to be held: one that has another's number has another start.
+func (s *pass) quiet() bool {
+	host, before := s.partition.engine.host, s.member.seen
+	pids, err := host.list(s.member.CgroupsPath)
+	if err != nil || len(pids) == 0 || len(pids) != len(before) {
+		return false
+	}
+	for _, pid := range pids {
+		was, known := before[pid]
+		if !known {
+			return false
+		}
+		if now, err := host.activity(pid); err != nil || now != was.activity {
+			return false
+		}
+	}
+	for pid, was := range before {
+		s.keep(pid, was)
+	}
+	s.unchanged = true
+	return true
 }
 
 // process merges what a process has to offer, and reports whether it was merged. That
@@ -354,7 +385,16 @@ func (p *partition) plan(passes []*pass) {
 	e := p.engine
 	var results []Result
 	var all uint64
+	changed := false
 	for _, s := range passes {
+		if s.unchanged {
+			r := s.member.result
+			r.Took, r.At = s.took, time.Now()
+			all += r.Merged
+			results = append(results, r)
+			continue
+		}
+		changed = true
 		r := Result{Offered: s.offered, Zero: s.zero, Took: s.took, Processes: len(s.merged), At: time.Now()}
 		for _, proc := range s.merged {
 			if n, err := e.host.merged(proc.Pid()); err == nil && proc.Alive() {
@@ -365,7 +405,7 @@ func (p *partition) plan(passes []*pass) {
 		results = append(results, r)
 	}
 	// A kernel with one merge space has no other partition to count.
-	if !e.features.SharedCounters || e.features.OneSpace {
+	if changed && (!e.features.SharedCounters || e.features.OneSpace) {
 		counters, err := e.kernel.Counters(p.name)
 		if err != nil {
 			p.log.WithError(err).Warn("savings are not known")

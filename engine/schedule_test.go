@@ -104,6 +104,22 @@ func TestQuietProcessesArePassedOver(t *testing.T) {
 		if c := b.Status()[0].Containers[0]; c.Result.Offered != 2*0x4000 || c.Result.Processes != 2 {
 			t.Errorf("result is %+v", c.Result)
 		}
+		// A container of which all are quiet is not even looked at closely.
+		b.set(func(m *machine) { m.quiet[12] = true })
+		time.Sleep(20 * time.Minute)
+		synctest.Wait()
+		b.took()
+		b.logged.Reset()
+		b.failWith(func(call string) error {
+			if call != "open" && call != "activity" {
+				t.Errorf("asked for %s", call)
+			}
+			return nil
+		})
+		time.Sleep(10 * time.Minute)
+		b.expect()
+		b.expectLog("a: merged")
+		b.failWith(nil)
 		if err := b.Engine.Merge("own-2"); !errors.Is(err, kernel.ErrNoPartition) {
 			t.Errorf("merge of nothing: %v", err)
 		}

@@ -78,7 +78,7 @@ func startHolder(t *testing.T, k kernel.Kernel, id, partition string) *holder {
 }
 
 // newCgroup makes a cgroup for the time of a test.
-func newCgroup(t *testing.T, name string) string {
+func newCgroup(t testing.TB, name string) string {
 	t.Helper()
 	root := cgroup.DefaultRoot
 	if _, err := os.Stat(filepath.Join(root, "cgroup.controllers")); err != nil {
@@ -97,7 +97,7 @@ func newCgroup(t *testing.T, name string) string {
 	return dir
 }
 
-func enter(t *testing.T, dir string, pid int) {
+func enter(t testing.TB, dir string, pid int) {
 	t.Helper()
 	if err := os.WriteFile(filepath.Join(dir, "cgroup.procs"), fmt.Appendln(nil, pid), 0); err != nil {
 		t.Fatal(err)
@@ -199,7 +199,7 @@ func (l lines) waitMerged(t *testing.T, holders ...*holder) {
 }
 
 // until polls, for what the kernel tells nobody.
-func until(t *testing.T, what string, done func() bool) {
+func until(t testing.TB, what string, done func() bool) {
 	t.Helper()
 	tick := time.NewTicker(5 * time.Millisecond)
 	defer tick.Stop()

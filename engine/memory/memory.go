@@ -80,7 +80,7 @@ func Find(pid int, o Options) (Offer, error) {
 	var offer Offer
 	scannable := true
 	for _, m := range mappings {
-		offer.Mergeable = offer.Mergeable || m.flags["mg"]
+		offer.Mergeable = offer.Mergeable || m.mergeable
 		if !m.qualifies(o) {
 			continue
 		}
@@ -204,38 +204,46 @@ type mapping struct {
 	kernel.Range
 	private   bool
 	access    bool   // any at all
-	special   bool   // one of the kernel's own
+	special   bool   // one of the kernel's own, or a device's
+	mergeable bool   // to KSM
+	secret    bool   // the program says so
 	anonymous uint64 // bytes present, those merged included
 	merged    uint64 // bytes
-	flags     map[string]bool
 }
 
 // qualifies reports whether a mapping has memory that may be offered.
 func (m mapping) qualifies(o Options) bool {
 	switch {
-	case !m.private || !m.access || m.special || !o.Any && !m.flags["mg"]:
+	case !m.private || !m.access || m.special || !o.Any && !m.mergeable:
 		return false
 	case m.anonymous == 0 || m.merged >= m.anonymous && !o.Dirty:
 		return false
-	case m.flags["dd"] || m.flags["wf"]:
-		return o.Secrets
 	}
-	return true
+	return !m.secret || o.Secrets
 }
 
-// unfit are flags of memory that is none of the program's own pages: shared, a
-// device's, or of huge pages that are not split (proc_pid_smaps(5)).
-var unfit = []string{"sh", "ms", "io", "pf", "mm", "de", "ht"}
+// flag takes note of one of a mapping's flags (proc_pid_smaps(5)).
+func (m *mapping) flag(name string) {
+	switch name {
+	case "mg":
+		m.mergeable = true
+	case "dd", "wf": // MADV_DONTDUMP, MADV_WIPEONFORK
+		m.secret = true
+	case "sh", "ms", "io", "pf", "mm", "de", "ht":
+		// Shared, a device's, or of huge pages that are not split.
+		m.special = true
+	}
+}
 
 // parse reads /proc/PID/smaps.
 func parse(smaps io.Reader) ([]mapping, error) {
 	var found []mapping
 	lines := bufio.NewScanner(smaps)
 	for lines.Scan() {
-		line := lines.Text()
-		key, value, _ := strings.Cut(line, ":")
-		if first, _, ok := strings.Cut(key, " "); ok || strings.Contains(first, "-") {
-			m, err := parseHeader(line)
+		line := lines.Bytes()
+		key, value, _ := bytes.Cut(line, []byte(":"))
+		if bytes.IndexByte(key, ' ') >= 0 || bytes.IndexByte(key, '-') >= 0 {
+			m, err := parseHeader(string(line))
 			if err != nil {
 				return nil, err
 			}
@@ -246,23 +254,23 @@ func parse(smaps io.Reader) ([]mapping, error) {
 			return nil, fmt.Errorf("line of another form: %q", line)
 		}
 		m := &found[len(found)-1]
-		switch key {
-		case "Anonymous", "KSM":
-			kib, err := strconv.ParseUint(strings.TrimSuffix(strings.TrimSpace(value), " kB"), 10, 64)
+		var size *uint64
+		switch string(key) {
+		case "Anonymous":
+			size = &m.anonymous
+		case "KSM":
+			size = &m.merged
+		case "VmFlags":
+			for flag := range bytes.FieldsSeq(value) {
+				m.flag(string(flag))
+			}
+		}
+		if size != nil {
+			kib, err := strconv.ParseUint(strings.TrimSuffix(strings.TrimSpace(string(value)), " kB"), 10, 64)
 			if err != nil {
 				return nil, fmt.Errorf("line of another form: %q", line)
 			}
-			if key == "KSM" {
-				m.merged = kib << 10
-			} else {
-				m.anonymous = kib << 10
-			}
-		case "VmFlags":
-			m.flags = map[string]bool{}
-			for flag := range strings.FieldsSeq(value) {
-				m.flags[flag] = true
-				m.special = m.special || slices.Contains(unfit, flag)
-			}
+			*size = kib << 10
 		}
 	}
 	return found, lines.Err()

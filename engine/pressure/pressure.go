@@ -17,8 +17,9 @@ import (
 const Node = "/proc/pressure/memory"
 
 // trigger is that any task waited for memory for 200 ms out of 2 s, in microseconds.
-// Other windows than multiples of 2 s need CAP_SYS_RESOURCE.
-const trigger = "some 200000 2000000"
+// Other windows than multiples of 2 s need CAP_SYS_RESOURCE. The kernel takes the last
+// byte of a write for its end, whatever it is.
+const trigger = "some 200000 2000000\x00"
 
 // Watch calls scarce each time that memory becomes scarce, at most once in two
 // seconds, until ctx ends, whose error it returns then. Other errors are that the

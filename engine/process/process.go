@@ -123,15 +123,21 @@ func (p *Process) wait(ctx context.Context) error {
 	return ctx.Err()
 }
 
+// List returns the numbers of the processes of a cgroup and of those below it. Errors
+// are those of [cgroup.Find] and [cgroup.Pids].
+func List(root, cgroupsPath string) ([]int, error) {
+	dir, err := cgroup.Find(root, cgroupsPath)
+	if err != nil {
+		return nil, err
+	}
+	return cgroup.Pids(dir)
+}
+
 // Member reports whether a number is that of a process of a cgroup, or of one below
 // it. Errors are those of [cgroup.Find] and [cgroup.Pids] other than that the cgroup
 // is gone.
 func Member(root, cgroupsPath string, pid int) (bool, error) {
-	dir, err := cgroup.Find(root, cgroupsPath)
-	var pids []int
-	if err == nil {
-		pids, err = cgroup.Pids(dir)
-	}
+	pids, err := List(root, cgroupsPath)
 	if errors.Is(err, fs.ErrNotExist) {
 		return false, nil
 	}

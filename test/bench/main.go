@@ -27,12 +27,13 @@ import (
 	"github.com/containerd/nri/pkg/api"
 	nrilog "github.com/containerd/nri/pkg/log"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/selective-ksm/selective-ksm/test/e2e/partition"
 )
 
 const (
-	pods       = 250
-	containers = 4 // in each
+	containers = 4 // in each pod
 	root       = "/sys/fs/cgroup"
 	below      = "sksm-bench"
 
@@ -57,7 +58,11 @@ partitionBudget: 100%
 logFormat: json
 `
 
+// pods is how many there are.
+var pods = 250
+
 func main() {
+	flag.IntVar(&pods, "pods", pods, "")
 	program := flag.String("program", "build/bin/selective-ksm", "what is measured")
 	flag.Parse()
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
@@ -118,6 +123,10 @@ func run(ctx context.Context, program string) (err error) {
 		return err
 	}
 
+	first, err := d.cpu()
+	if err != nil {
+		return err
+	}
 	// Between the first merge and the next, by the interval, nothing is to be done.
 	before, err := d.cpu()
 	if err != nil {
@@ -145,6 +154,7 @@ func run(ctx context.Context, program string) (err error) {
 		return err
 	}
 	round := end - after
+	fmt.Printf("first merge of all  %8.2f s     of CPU time\n", first.Seconds())
 	return report(took, resident, float64(quiet)/float64(idle), round, d.slowest())
 }
 
@@ -378,48 +388,14 @@ func (d *daemon) last() string {
 	return d.text
 }
 
-// cpu is the CPU time that all its threads have taken.
+// cpu is the CPU time that it has taken (clock_getcpuclockid(3)).
 func (d *daemon) cpu() (time.Duration, error) {
-	paths, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/schedstat", d.cmd.Process.Pid))
-	if err != nil {
-		return 0, err
+	const scheduler = 2 // as the scheduler has it, and not in ticks
+	var ts unix.Timespec
+	if err := unix.ClockGettime(int32(^d.cmd.Process.Pid<<3|scheduler), &ts); err != nil {
+		return 0, fmt.Errorf("CPU time of the plugin: %w", err)
 	}
-	var sum time.Duration
-	for _, path := range paths {
-		data, err := os.ReadFile(path)
-		if errors.Is(err, os.ErrNotExist) {
-			return d.ticks()
-		} else if err != nil {
-			return 0, err
-		}
-		spent, _, _ := strings.Cut(string(data), " ")
-		ns, err := strconv.ParseInt(spent, 10, 64)
-		if err != nil {
-			return 0, fmt.Errorf("%s: %w", path, err)
-		}
-		sum += time.Duration(ns)
-	}
-	if len(paths) == 0 {
-		return d.ticks()
-	}
-	return sum, nil
-}
-
-// ticks is that time where the kernel was built without schedstat: of the clock's
-// ticks, 100 a second.
-func (d *daemon) ticks() (time.Duration, error) {
-	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", d.cmd.Process.Pid))
-	if err != nil {
-		return 0, err
-	}
-	_, after, _ := strings.Cut(string(data), ") ")
-	f := strings.Fields(after)
-	if len(f) < 13 {
-		return 0, fmt.Errorf("stat of another form: %q", data)
-	}
-	user, err1 := strconv.Atoi(f[11])
-	system, err2 := strconv.Atoi(f[12])
-	return time.Duration(user+system) * 10 * time.Millisecond, errors.Join(err1, err2)
+	return time.Duration(ts.Nano()), nil
 }
 
 // resident is its memory that is present, in bytes.
