@@ -139,7 +139,7 @@ func troubled(t *testing.T, f kernel.Features, trouble func(b *bench, called str
 		if err := b.Reconcile(nil, all); err != nil {
 			t.Error(err)
 		}
-		time.Sleep(2 * time.Hour)
+		time.Sleep(30 * time.Minute)
 		synctest.Wait()
 		now := b.took()
 		for pid, partition := range want {
@@ -161,7 +161,7 @@ func troubled(t *testing.T, f kernel.Features, trouble func(b *bench, called str
 		time.Sleep(15 * time.Minute)
 		took()
 		b.failWith(nil)
-		time.Sleep(time.Hour)
+		time.Sleep(10 * time.Minute)
 		took()
 		b.machine.mu.Lock()
 		left := len(b.machine.partitions)
