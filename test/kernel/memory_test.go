@@ -81,6 +81,7 @@ var makeSwap = sync.OnceValue(swap.Make)
 // partition.
 func TestSwap(t *testing.T) {
 	const n = 1024
+	needsKernel(t)
 	if err := makeSwap(); err != nil {
 		t.Fatal(err)
 	}
