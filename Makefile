@@ -3,9 +3,15 @@
 # make check         format, vet, lint and unit tests: less than a minute
 # make test-kernel   the kernel series in all its shapes, and under stress
 # make stress        STRESS=10m of all that may go wrong, on a kernel that checks itself
+# make bench         what the plugin costs, in a VM
 # make bench-kernel  how long merging takes, next to KSM without the patches' option
 # make kernel-check  style, versions and configurations of the kernel series
 # make kernel-deb    CONFIG=FILE: installable packages of a kernel with the series
+# make test-vm       what of make test needs a VM
+# make build         build/bin/selective-ksm alone
+# make kernel        the kernel with the series; kernels: all that tests boot
+# make tools         containerd and runc for the tests
+# make clean         remove build/, not the cache
 #
 # Each sets up what it needs, Debian's packages included. Slow builds (the
 # kernel, containerd) stay in the user's cache directory; all else goes to build/.
@@ -61,6 +67,8 @@ test-vm: packages kernel tools build/bin/selective-ksm build/bin/workload build/
 test-kernel: packages kernel-check kernels build/bin/actor build/bin/vm
 	@kernel/deb build/kernel/selective-ksm/config
 	SELECTIVE_KSM_BUILD=$(CURDIR)/build go test -count=1 -p 1 -timeout 30m ./test/kernel/variants
+	go test -count=1 -p 1 -run 'Conformance|VM(Partitions|Restart|Processes)' \
+		-exec "$(call vm,stock) -env SELECTIVE_KSM_VM=1 --" ./engine ./engine/kernel/mainline
 	$(call stress,2m)
 
 .PHONY: stress
@@ -70,12 +78,18 @@ stress: packages debug-kernel build/bin/actor build/bin/vm
 # The machine is never the same for long: each kernel has its turn twice.
 BENCH := build/bench
 .PHONY: bench-kernel
-bench-kernel: packages kernel option-off-kernel build/bin/actor build/bin/bench build/bin/vm
+bench-kernel: packages kernel option-off-kernel build/bin/actor build/bin/bench-kernel build/bin/vm
 	@mkdir -p $(BENCH)
 	for turn in 1 2; do for kernel in selective-ksm option-off; do \
-		$(call vm,$$kernel) -- build/bin/bench >$(BENCH)/$$kernel-$$turn.json || exit 1; \
+		$(call vm,$$kernel) -- build/bin/bench-kernel >$(BENCH)/$$kernel-$$turn.json || exit 1; \
 	done; done
-	build/bin/bench -json $(BENCH)/kernel.json compare $(BENCH)/*-[12].json
+	build/bin/bench-kernel -json $(BENCH)/kernel.json compare $(BENCH)/*-[12].json
+
+# What the plugin costs on a node with 1,000 containers; fails above its limits.
+.PHONY: bench
+bench: packages kernel build/bin/selective-ksm build/bin/bench build/bin/vm
+	go test -run '^$$' -bench . ./engine
+	@$(VM) -- build/bin/bench
 
 .PHONY: kernel
 kernel:
@@ -114,6 +128,8 @@ build/bin/workload: FORCE
 build/bin/demo: FORCE
 	@go build -trimpath -o $@ ./test/demo
 build/bin/bench: FORCE
+	@go build -trimpath -o $@ ./test/bench
+build/bin/bench-kernel: FORCE
 	@go build -trimpath -o $@ ./test/kernel/bench
 build/bin/vm: FORCE
 	@go build -trimpath -o $@ ./test/vm/cmd/vm

@@ -4,12 +4,14 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
 	"io"
 	"os"
 	"os/signal"
+	"reflect"
 	"runtime/debug"
 	"sync"
 	"syscall"
@@ -19,7 +21,10 @@ import (
 
 	"github.com/selective-ksm/selective-ksm/config"
 	"github.com/selective-ksm/selective-ksm/engine"
-	"github.com/selective-ksm/selective-ksm/engine/kernel/sysfs"
+	"github.com/selective-ksm/selective-ksm/engine/budget"
+	"github.com/selective-ksm/selective-ksm/engine/control"
+	"github.com/selective-ksm/selective-ksm/engine/kernel/detect"
+	kernelsyscall "github.com/selective-ksm/selective-ksm/engine/kernel/syscall"
 	"github.com/selective-ksm/selective-ksm/engine/optin"
 	"github.com/selective-ksm/selective-ksm/plugin"
 )
@@ -28,6 +33,12 @@ const usage = `selective-ksm merges the identical memory of containers, inside t
 
   selective-ksm plugin [-config FILE] [-name NAME] [-idx NN] [-socket PATH]
         run as an NRI plugin that connects to the container runtime
+  selective-ksm merge [PARTITION]
+        have the running engine merge a partition now, or all
+  selective-ksm status
+        show what the running engine has, as JSON
+  selective-ksm doctor [-config FILE]
+        say what this machine has of what is needed
   selective-ksm optin -- COMMAND [ARG]...
         make this process mergeable and become COMMAND
   selective-ksm version
@@ -41,6 +52,9 @@ const (
 	exitFailed = 1
 	exitUsage  = 2
 )
+
+// collect is how much garbage there may be, in percent of what is in use.
+const collect = 25
 
 // errUsage is matched by errors of the command line.
 var errUsage = errors.New("see selective-ksm help")
@@ -57,6 +71,12 @@ func main() {
 	switch args[0] {
 	case "plugin":
 		err = runPlugin(args[1:])
+	case "merge":
+		err = runMerge(args[1:])
+	case "status":
+		err = runStatus(args[1:])
+	case "doctor":
+		err = runDoctor(args[1:])
 	case optin.Command:
 		status, err := optin.Exec(args[1:])
 		complain(err)
@@ -109,39 +129,61 @@ func runPlugin(args []string) error {
 		return fmt.Errorf("plugin: -idx %s: write two digits: %w", o.Index, errUsage)
 	}
 
-	cfg := config.Default()
+	cfg, err := load(path)
+	if err != nil {
+		return err
+	}
 	if path != "" {
-		var err error
-		if cfg, err = config.Load(path); err != nil {
-			return err
-		}
 		o.Config = &cfg
 	}
 	if os.Geteuid() != 0 {
 		return errors.New("not root: the kernel lets only root merge the memory of others")
 	}
-	ksm, err := sysfs.Open()
-	if err != nil {
-		return err
-	}
-
 	log := logrus.New()
 	if err := setLog(log, cfg); err != nil {
 		return fmt.Errorf("%s: %w", path, err)
 	}
+	found, detail, err := detect.Open(lookFor(cfg))
+	if err != nil {
+		return err
+	}
+	lock, err := engine.Lock(engine.RunDir)
+	if err != nil {
+		return errors.Join(err, found.Close())
+	}
+	defer lock.Close()
+	defer found.Close()
+	server, err := control.Listen(engine.RunDir)
+	if err != nil {
+		return err
+	}
+
+	// It is idle most of the time, and its memory is better somebody else's. Who wants
+	// it otherwise sets GOGC.
+	if os.Getenv("GOGC") == "" {
+		debug.SetGCPercent(collect)
+	}
 	e := engine.New(engine.Options{
-		Kernel:      ksm,
-		Owned:       config.Owned,
-		StartDelays: cfg.StartDelays,
-		Interval:    cfg.Interval,
-		Log:         log,
+		Kernel:   found,
+		Owned:    config.Owned,
+		Settings: settings(cfg),
+		Log:      log,
 	})
-	o.Engine, o.Log, o.Dir = e, log, plugin.DefaultDir
+	o.Log, o.Dir = log, engine.RunDir
+	o.Engine = reporting{e, sync.OnceFunc(func() {
+		for _, f := range detect.Probe(lookFor(cfg)) {
+			log.Info("interface " + f.String())
+		}
+		log.WithFields(logrus.Fields{"version": currentVersion(), "kernel": detail}).Info("started")
+	})}
 	o.Apply = func(c config.Config) error {
 		if err := setLog(log, c); err != nil {
 			return err
 		}
-		e.SetSchedule(c.StartDelays, c.Interval)
+		if !reflect.DeepEqual(lookFor(c), lookFor(cfg)) {
+			log.Warn("interface, syscalls and mainlinePartition are taken from a file that -config names, not from the runtime")
+		}
+		e.Configure(settings(c))
 		return nil
 	}
 
@@ -150,10 +192,95 @@ func runPlugin(args []string) error {
 	ctx, cancel := context.WithCancel(ctx)
 	var running sync.WaitGroup
 	running.Go(func() { e.Run(ctx) })
+	running.Go(func() {
+		if err := server.Serve(ctx, e); err != nil {
+			log.WithError(err).Error("merge and status do not work")
+		}
+	})
 	defer running.Wait()
 	defer cancel()
-	log.WithFields(logrus.Fields{"version": currentVersion(), "interface": ksm.Root()}).Debug("selective KSM is there")
 	return plugin.Run(ctx, o)
+}
+
+// reporting is an engine that says what the kernel has when the runtime is there. A
+// plugin that cannot start says why, and no more.
+type reporting struct {
+	*engine.Engine
+	report func()
+}
+
+func (r reporting) Reconcile(created, running []engine.Container) error {
+	r.report()
+	return r.Engine.Reconcile(created, running)
+}
+
+// load reads the configuration, if there is a file.
+func load(path string) (config.Config, error) {
+	if path == "" {
+		return config.Default(), nil
+	}
+	return config.Load(path)
+}
+
+// lookFor says what to look for in the kernel.
+func lookFor(c config.Config) detect.Options {
+	o := detect.Options{Interface: detect.Interface(c.Interface)}
+	if len(c.Syscalls) == 2 {
+		o.Syscalls = &kernelsyscall.Numbers{Open: uintptr(c.Syscalls[0]), Merge: uintptr(c.Syscalls[1])}
+	}
+	if c.MainlinePartition == config.First {
+		o.Mainline.First = true
+	} else {
+		o.Mainline.Partition = c.MainlinePartition
+	}
+	return o
+}
+
+// settings are the engine's.
+func settings(c config.Config) engine.Settings {
+	s := engine.Settings{
+		StartDelays: c.StartDelays,
+		Interval:    c.Interval,
+		MaxInterval: c.MaxInterval,
+		Budget: budget.Limits{
+			Total: c.Budget, Partition: c.PartitionBudget, Window: c.BudgetWindow, Workers: c.Workers,
+		},
+		Pressure: engine.Pressure(c.Pressure),
+		Secrets:  c.Secrets,
+		Zero:     c.ZeroPages,
+		Dirty:    c.Incremental == config.BySoftDirty,
+		OptedIn:  c.OptIn == config.OptInWrapper,
+	}
+	if s.MaxInterval == 0 {
+		s.MaxInterval = 8 * c.Interval
+	}
+	return s
+}
+
+// runMerge has the running engine merge.
+func runMerge(args []string) error {
+	flags := flag.NewFlagSet("merge", flag.ContinueOnError)
+	flags.SetOutput(io.Discard)
+	if err := flags.Parse(args); errors.Is(err, flag.ErrHelp) {
+		return err
+	} else if err != nil || flags.NArg() > 1 {
+		return fmt.Errorf("merge: takes the name of one partition, or nothing: %w", errUsage)
+	}
+	return control.Merge(context.Background(), engine.RunDir, flags.Arg(0))
+}
+
+// runStatus shows what the running engine has.
+func runStatus(args []string) error {
+	if len(args) > 0 {
+		return fmt.Errorf("status: takes nothing: %w", errUsage)
+	}
+	all, err := control.Status(context.Background(), engine.RunDir)
+	if err != nil {
+		return err
+	}
+	out := json.NewEncoder(os.Stdout)
+	out.SetIndent("", "  ")
+	return out.Encode(all)
 }
 
 // setLog makes the log as it is configured, or leaves it as it was.

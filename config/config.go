@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -25,6 +26,55 @@ const (
 	ScopePod Scope = "pod"
 	// ScopeContainer gives each container a partition of its own.
 	ScopeContainer Scope = "container"
+)
+
+// Interface is how the kernel is asked to merge.
+type Interface string
+
+// The interfaces are those of the packages of the same names in engine/kernel.
+const (
+	// InterfaceAuto is sysfs where the kernel has it, and otherwise mainline if
+	// MainlinePartition is set.
+	InterfaceAuto     Interface = "auto"
+	InterfaceSysfs    Interface = "sysfs"
+	InterfaceSyscall  Interface = "syscall"
+	InterfaceMainline Interface = "mainline"
+)
+
+// First is what MainlinePartition is where the first partition is to be merged.
+const First = "first"
+
+// Pressure is whose scarcity of memory brings merges forward.
+type Pressure string
+
+const (
+	// PressureOff is nobody's.
+	PressureOff Pressure = "off"
+	// PressureNode is the machine's.
+	PressureNode Pressure = "node"
+	// PressurePod is that of a pod's cgroup, on cgroup v2.
+	PressurePod Pressure = "pod"
+)
+
+// Incremental is how a merge finds out what has changed since the last one.
+type Incremental string
+
+const (
+	// ByFaults passes over processes without page faults whose size is the same.
+	ByFaults Incremental = "faults"
+	// BySoftDirty goes by the kernel's record of the pages that were written to.
+	BySoftDirty Incremental = "softDirty"
+)
+
+// OptIn is how the memory of containers is made mergeable.
+type OptIn string
+
+const (
+	// OptInAuto is from outside where the kernel does that, and otherwise by the
+	// wrapper.
+	OptInAuto OptIn = "auto"
+	// OptInWrapper is by a program that is put before the container's own.
+	OptInWrapper OptIn = "wrapper"
 )
 
 // LogFormat is the form of a log line.
@@ -42,11 +92,39 @@ const (
 type Config struct {
 	// PartitionBy is the scope of the partitions.
 	PartitionBy Scope
+	// Interface is how the kernel is asked.
+	Interface Interface
+	// Syscalls are the numbers of ksm_open and ksm_merge. Empty means those that the
+	// kernel names.
+	Syscalls []uint16
+	// MainlinePartition is the one partition that is merged on a kernel that has one
+	// merge space for the whole machine, or [First]. Empty means none.
+	MainlinePartition string
 	// StartDelays are the times after a container's start at which its partition
 	// is merged.
 	StartDelays []time.Duration
 	// Interval is the time from the end of one merge of a partition to its next.
 	Interval time.Duration
+	// MaxInterval is what the interval grows to while merges save little. Zero means
+	// eight times the interval.
+	MaxInterval time.Duration
+	// Budget is the share of one CPU that merging may take, and PartitionBudget that
+	// of one partition, within any time of length BudgetWindow. 0.05 is 5 %.
+	Budget, PartitionBudget float64
+	BudgetWindow            time.Duration
+	// Workers is how many partitions are merged at a time.
+	Workers int
+	// Pressure brings merges forward.
+	Pressure Pressure
+	// Secrets merges memory that programs have marked as secret, by MADV_DONTDUMP or
+	// MADV_WIPEONFORK.
+	Secrets bool
+	// ZeroPages merges zero pages that were never written.
+	ZeroPages bool
+	// Incremental is how a merge finds out what has changed.
+	Incremental Incremental
+	// OptIn is how the memory of containers is made mergeable.
+	OptIn OptIn
 	// Wrapper is the path of the static selective-ksm binary of which containers
 	// get a copy, to opt their memory in. Empty means the running executable.
 	Wrapper string
@@ -62,7 +140,10 @@ type Config struct {
 
 const (
 	minInterval    = time.Second
+	minWindow      = time.Second
 	maxStartDelays = 16
+	maxWorkers     = 64
+	maxName        = 31 // bytes of a partition's name that the kernel reads
 )
 
 var logLevels = []string{"error", "warning", "info", "debug"}
@@ -70,13 +151,19 @@ var logLevels = []string{"error", "warning", "info", "debug"}
 // Default returns the configuration of a daemon that is given none.
 func Default() Config {
 	return Config{
-		PartitionBy: ScopePod,
-		// Not at once: for its first milliseconds a container is still the
-		// runtime's init, whose memory is gone when the program starts.
-		StartDelays: []time.Duration{time.Second, 10 * time.Second, time.Minute},
-		Interval:    10 * time.Minute,
-		LogLevel:    "info",
-		LogFormat:   LogText,
+		PartitionBy:     ScopePod,
+		Interface:       InterfaceAuto,
+		StartDelays:     []time.Duration{0, 10 * time.Second, time.Minute},
+		Interval:        10 * time.Minute,
+		Budget:          0.05,
+		PartitionBudget: 0.05,
+		BudgetWindow:    time.Minute,
+		Workers:         2,
+		Pressure:        PressureNode,
+		Incremental:     ByFaults,
+		OptIn:           OptInAuto,
+		LogLevel:        "info",
+		LogFormat:       LogText,
 	}
 }
 
@@ -100,6 +187,58 @@ var fields = map[string]func(*Config, *yaml.Node) error{
 	},
 	"interval": func(c *Config, n *yaml.Node) error {
 		return duration(n, &c.Interval, minInterval)
+	},
+	"interface": func(c *Config, n *yaml.Node) error {
+		return oneOf(n, &c.Interface, InterfaceAuto, InterfaceSysfs, InterfaceSyscall, InterfaceMainline)
+	},
+	"syscalls": func(c *Config, n *yaml.Node) error {
+		wrong := fmt.Errorf("%s is not right: write the numbers of ksm_open and ksm_merge, such as [467, 468]", shown(n))
+		if n.Kind != yaml.SequenceNode || len(n.Content) != 2 {
+			return wrong
+		}
+		c.Syscalls = make([]uint16, 2)
+		for i, item := range n.Content {
+			number, err := strconv.ParseUint(item.Value, 10, 16)
+			if err != nil || number == 0 {
+				return wrong
+			}
+			c.Syscalls[i] = uint16(number)
+		}
+		return nil
+	},
+	"mainlinePartition": func(c *Config, n *yaml.Node) error {
+		if n.Kind != yaml.ScalarNode || n.Value == "" || len(n.Value) > maxName {
+			return fmt.Errorf("%s is not the name of a partition: write one of 1 to %d bytes, or %s", shown(n), maxName, First)
+		}
+		c.MainlinePartition = n.Value
+		return nil
+	},
+	"maxInterval": func(c *Config, n *yaml.Node) error {
+		return duration(n, &c.MaxInterval, minInterval)
+	},
+	"budget":          func(c *Config, n *yaml.Node) error { return percent(n, &c.Budget) },
+	"partitionBudget": func(c *Config, n *yaml.Node) error { return percent(n, &c.PartitionBudget) },
+	"budgetWindow": func(c *Config, n *yaml.Node) error {
+		return duration(n, &c.BudgetWindow, minWindow)
+	},
+	"workers": func(c *Config, n *yaml.Node) error {
+		number, err := strconv.Atoi(n.Value)
+		if n.Kind != yaml.ScalarNode || err != nil || number < 1 || number > maxWorkers {
+			return fmt.Errorf("%s is not right: write a number from 1 to %d", shown(n), maxWorkers)
+		}
+		c.Workers = number
+		return nil
+	},
+	"pressure": func(c *Config, n *yaml.Node) error {
+		return oneOf(n, &c.Pressure, PressureOff, PressureNode, PressurePod)
+	},
+	"secrets":   func(c *Config, n *yaml.Node) error { return boolean(n, &c.Secrets) },
+	"zeroPages": func(c *Config, n *yaml.Node) error { return boolean(n, &c.ZeroPages) },
+	"incremental": func(c *Config, n *yaml.Node) error {
+		return oneOf(n, &c.Incremental, ByFaults, BySoftDirty)
+	},
+	"optIn": func(c *Config, n *yaml.Node) error {
+		return oneOf(n, &c.OptIn, OptInAuto, OptInWrapper)
 	},
 	"wrapper": func(c *Config, n *yaml.Node) error {
 		return path(n, &c.Wrapper, "the selective-ksm binary, or \"\" for the one that runs")
@@ -216,6 +355,29 @@ func path(n *yaml.Node, into *string, of string) error {
 	default:
 		return fmt.Errorf("%s is not an absolute path: write the path of %s", shown(n), of)
 	}
+	return nil
+}
+
+// percent reads a share, of which 1 is all of a CPU.
+func percent(n *yaml.Node, into *float64) error {
+	number, ok := strings.CutSuffix(n.Value, "%")
+	share, err := strconv.ParseFloat(strings.TrimSpace(number), 64)
+	if n.Kind != yaml.ScalarNode || !ok || err != nil {
+		return fmt.Errorf("%s is not a percentage: write a number with its sign, such as 5%%", shown(n))
+	}
+	// Not a number is none of both.
+	if !(share >= 0.1 && share <= 100*maxWorkers) {
+		return fmt.Errorf("%s is out of range: write 0.1%% to %d%% of one CPU", shown(n), 100*maxWorkers)
+	}
+	*into = share / 100
+	return nil
+}
+
+func boolean(n *yaml.Node, into *bool) error {
+	if n.Kind != yaml.ScalarNode || n.Value != "true" && n.Value != "false" {
+		return fmt.Errorf("%s is not known: write true or false", shown(n))
+	}
+	*into = n.Value == "true"
 	return nil
 }
 

@@ -21,15 +21,25 @@ func TestParse(t *testing.T) {
 	}{
 		"empty":        {yaml: "", want: Default()},
 		"comment only": {yaml: "# nothing\n", want: Default()},
-		"all": {
-			yaml: "partitionBy: container\nstartDelays: [0s, 2m]\ninterval: 1h\nwrapper: /opt/sksm/bin/../selective-ksm\nlogFile: /var/log/sksm.log\nlogLevel: debug\nlogFormat: json\n",
-			want: Config{
-				PartitionBy: ScopeContainer, StartDelays: []time.Duration{0, 2 * time.Minute}, Interval: time.Hour,
-				Wrapper: "/opt/sksm/selective-ksm", LogFile: "/var/log/sksm.log", LogLevel: "debug", LogFormat: LogJSON,
-			},
+		"daemon": {
+			yaml: "partitionBy: container\nstartDelays: [0s, 2m]\ninterval: 1h\nwrapper: /opt/sksm/bin/../selective-ksm\nlogFile: /var/log/sksm.log\noptIn: wrapper\nlogLevel: debug\nlogFormat: json\n",
+			want: with(func(c *Config) {
+				c.PartitionBy, c.StartDelays, c.Interval = ScopeContainer, []time.Duration{0, 2 * time.Minute}, time.Hour
+				c.OptIn, c.Wrapper = OptInWrapper, "/opt/sksm/selective-ksm"
+				c.LogFile, c.LogLevel, c.LogFormat = "/var/log/sksm.log", "debug", LogJSON
+			}),
 		},
 		"defaults of paths": {yaml: "wrapper: \"\"\nlogFile: ''\n", want: Default()},
 		"no start delays":   {yaml: "startDelays: []", want: with(func(c *Config) { c.StartDelays = []time.Duration{} })},
+		"engine": {
+			yaml: "interface: syscall\nsyscalls: [467, 468]\nmainlinePartition: first\nmaxInterval: 2h\nbudget: 7.5%\npartitionBudget: 2 %\n" +
+				"budgetWindow: 30s\nworkers: 4\npressure: pod\nsecrets: true\nzeroPages: true\nincremental: softDirty\n",
+			want: with(func(c *Config) {
+				c.Interface, c.Syscalls, c.MainlinePartition = InterfaceSyscall, []uint16{467, 468}, First
+				c.MaxInterval, c.Budget, c.PartitionBudget, c.BudgetWindow, c.Workers = 2*time.Hour, 0.075, 0.02, 30*time.Second, 4
+				c.Pressure, c.Secrets, c.ZeroPages, c.Incremental = PressurePod, true, true, BySoftDirty
+			}),
+		},
 		"alias": {
 			yaml: "startDelays: [&d 5s]\ninterval: *d",
 			want: with(func(c *Config) { c.StartDelays = []time.Duration{5 * time.Second}; c.Interval = 5 * time.Second }),
@@ -37,7 +47,7 @@ func TestParse(t *testing.T) {
 
 		"unknown key": {
 			yaml: "interval: 1m\npartitonBy: pod\n",
-			err:  "line 2: partitonBy: unknown key: known are interval, logFile, logFormat, logLevel, partitionBy, startDelays, wrapper",
+			err:  "line 2: partitonBy: unknown key: known are budget, budgetWindow, incremental, interface, interval, logFile, logFormat, logLevel, mainlinePartition, maxInterval, optIn, partitionBudget, partitionBy, pressure, secrets, startDelays, syscalls, workers, wrapper, zeroPages",
 		},
 		"key twice":            {yaml: "interval: 1m\ninterval: 2m\n", err: "line 2: interval: given twice: keep one"},
 		"not a mapping":        {yaml: "- interval", err: "line 1: a list is not a mapping: write lines of the form key: value"},
@@ -52,6 +62,16 @@ func TestParse(t *testing.T) {
 		"delays of a scalar":   {yaml: "startDelays: 1s", err: `line 1: startDelays: "1s" is not right: write a list of at most 16 durations, such as [1s, 10s]`},
 		"negative delay":       {yaml: "startDelays: [1s, -1s]", err: `line 1: startDelays: "-1s" is too short: write 0s or more`},
 		"relative wrapper":     {yaml: "wrapper: bin/selective-ksm", err: `line 1: wrapper: "bin/selective-ksm" is not an absolute path: write the path of the selective-ksm binary, or "" for the one that runs`},
+		"interface":            {yaml: "interface: ksmd", err: `line 1: interface: "ksmd" is not known: write auto or sysfs or syscall or mainline`},
+		"one syscall":          {yaml: "syscalls: [467]", err: `line 1: syscalls: a list is not right: write the numbers of ksm_open and ksm_merge, such as [467, 468]`},
+		"bad syscall":          {yaml: "syscalls: [467, -1]", err: `line 1: syscalls: a list is not right: write the numbers of ksm_open and ksm_merge, such as [467, 468]`},
+		"no name":              {yaml: `mainlinePartition: ""`, err: `line 1: mainlinePartition: "" is not the name of a partition: write one of 1 to 31 bytes, or first`},
+		"budget":               {yaml: "budget: 0.05", err: `line 1: budget: "0.05" is not a percentage: write a number with its sign, such as 5%`},
+		"budget, range":        {yaml: "budget: 0%", err: `line 1: budget: "0%" is out of range: write 0.1% to 6400% of one CPU`},
+		"budget, NaN":          {yaml: "budget: NaN%", err: `line 1: budget: "NaN%" is out of range: write 0.1% to 6400% of one CPU`},
+		"workers":              {yaml: "workers: 0", err: `line 1: workers: "0" is not right: write a number from 1 to 64`},
+		"secrets":              {yaml: "secrets: yes", err: `line 1: secrets: "yes" is not known: write true or false`},
+		"opt-in":               {yaml: "optIn: never", err: `line 1: optIn: "never" is not known: write auto or wrapper`},
 		"log file of no value": {yaml: "logFile:", err: `line 1: logFile: an empty value is not an absolute path: write the path of a file, or "" for standard error`},
 		"log level":            {yaml: "logLevel: loud", err: `line 1: logLevel: "loud" is not known: write error or warning or info or debug`},
 	} {

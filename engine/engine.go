@@ -4,23 +4,30 @@
 // Each partition has one worker, which alone asks the kernel for anything about
 // it: it adds the partition, merges its members, unmerges those that leave, and
 // removes it with the last of them. All else only changes what the worker will
-// find, so that no caller waits for a merge.
+// find, so that no caller waits for a merge. The workers share a budget of CPU time
+// (package budget), out of which they take turns.
 //
 // The kernel and the runtime are the truth, and the engine keeps no state of its
 // own beyond its life: when it ends, partitions stay as they are, and the next
-// engine adopts them in [Engine.Reconcile].
+// engine adopts them in [Engine.Reconcile]. What the runtime says is a hint, since it
+// does not tell of every end: the engine watches the containers' processes itself.
+//
+// The engine knows kernels by their [kernel.Features] only, and where one cannot keep
+// partitions apart, it merges less.
 package engine
 
 import (
 	"context"
+	"errors"
 	"fmt"
-	"runtime"
+	"math/rand/v2"
 	"slices"
 	"sync"
 	"time"
 
 	"github.com/sirupsen/logrus"
 
+	"github.com/selective-ksm/selective-ksm/engine/budget"
 	"github.com/selective-ksm/selective-ksm/engine/cgroup"
 	"github.com/selective-ksm/selective-ksm/engine/kernel"
 )
@@ -40,6 +47,45 @@ type Container struct {
 	Partition string
 }
 
+// Pressure is whose scarcity of memory brings merges forward.
+type Pressure string
+
+const (
+	// PressureOff is nobody's.
+	PressureOff Pressure = "off"
+	// PressureNode is the machine's: those partitions that are likely to save most are
+	// merged.
+	PressureNode Pressure = "node"
+	// PressurePod is that of the pod's cgroup, on cgroup v2: its partition is merged.
+	PressurePod Pressure = "pod"
+)
+
+// Settings say when to merge, and what.
+type Settings struct {
+	// StartDelays are the times after a container's start at which its partition is
+	// merged.
+	StartDelays []time.Duration
+	// Interval is the time from the end of one merge of a partition to its next, and
+	// up to a tenth more. After a merge that saved little it is twice that of before,
+	// up to MaxInterval.
+	Interval, MaxInterval time.Duration
+	// Budget is what merging may cost.
+	Budget budget.Limits
+	// Pressure brings merges forward.
+	Pressure Pressure
+	// Secrets offers memory that programs have marked as secret.
+	Secrets bool
+	// Zero offers zero pages that were never written.
+	Zero bool
+	// Dirty has later merges offer what was written to since the one before, as the
+	// kernel's soft-dirty bits tell. Otherwise they pass over processes that have had
+	// no fault, and whose resident size is the same.
+	Dirty bool
+	// OptedIn leaves out processes that have not made their memory mergeable
+	// themselves, though the kernel lets the engine do it.
+	OptedIn bool
+}
+
 // Options are what an engine is made of.
 type Options struct {
 	// Kernel does the merging.
@@ -47,11 +93,8 @@ type Options struct {
 	// Owned says whether a partition's name is one that we give. Those that nobody
 	// needs are removed; others are never touched.
 	Owned func(partition string) bool
-	// StartDelays are the times after a container's start at which its partition is
-	// merged.
-	StartDelays []time.Duration
-	// Interval is the time from the end of one merge of a partition to its next.
-	Interval time.Duration
+	// Settings may be changed later.
+	Settings Settings
 	// Log gets one line with the message "merged" for each container that was
 	// merged, and one for each kind of failure of a container.
 	Log logrus.FieldLogger
@@ -60,13 +103,14 @@ type Options struct {
 // Engine merges the memory of containers inside of their partitions. Its methods
 // may be called concurrently, and none waits for a merge.
 type Engine struct {
-	kernel kernel.Kernel
-	owned  func(string) bool
-	log    logrus.FieldLogger
-	host   host
-	// slots has one place for each merge that may run at a time.
-	slots   chan struct{}
-	workers sync.WaitGroup
+	kernel   kernel.Kernel
+	features kernel.Features
+	owned    func(string) bool
+	log      logrus.FieldLogger
+	host     host
+	jitter   func(time.Duration) time.Duration
+	budget   *budget.Budget
+	workers  sync.WaitGroup
 
 	// mu protects what follows, and what partition and member say it does. It is
 	// never held over a call to the kernel.
@@ -74,8 +118,9 @@ type Engine struct {
 	ctx        context.Context // of Run; nil before and after it
 	partitions map[string]*partition
 	members    map[string]*member // by the container's id
-	delays     []time.Duration
-	interval   time.Duration
+	settings   Settings
+	// relieved is when merges were last brought forward for the node.
+	relieved time.Time
 }
 
 // member is a container in its partition.
@@ -83,34 +128,41 @@ type member struct {
 	Container
 	log       logrus.FieldLogger
 	partition *partition
+	added     time.Time
 	// ctx ends when the container leaves.
 	ctx   context.Context
 	leave context.CancelFunc
+	// before is closed when the container's memory is out of the partition that it was
+	// in before; nil if there was none. left is that for this one.
+	before <-chan struct{}
+	left   chan struct{}
 
-	started time.Time       // zero before; protected by Engine.mu
-	warned  map[string]bool // the worker's own
-}
+	// Protected by Engine.mu.
+	started time.Time // zero before
+	reason  string    // why it is not merged, or not all of it
+	result  Result    // of the last merge
 
-// warn logs a kind of failure the first time that it happens.
-func (m *member) warn(msg string, err error) {
-	if !m.warned[msg] {
-		m.warned[msg] = true
-		m.log.WithError(err).Warn(msg)
-	}
+	// For the worker.
+	warned map[string]bool
+	seen   map[int]look // processes, as they were when they were last merged
+
+	// For the sweep.
+	cgroup bool // has been there
 }
 
 // New makes an engine. It does nothing until [Engine.Run].
 func New(o Options) *Engine {
 	return &Engine{
 		kernel:     o.Kernel,
+		features:   o.Kernel.Features(),
 		owned:      o.Owned,
 		log:        o.Log,
 		host:       linux{cgroupRoot: cgroup.DefaultRoot},
-		slots:      make(chan struct{}, max(1, runtime.NumCPU()/2)),
+		jitter:     func(d time.Duration) time.Duration { return rand.N(d/10 + 1) },
+		budget:     budget.New(o.Settings.Budget),
 		partitions: map[string]*partition{},
 		members:    map[string]*member{},
-		delays:     o.StartDelays,
-		interval:   o.Interval,
+		settings:   o.Settings,
 	}
 }
 
@@ -122,6 +174,13 @@ func (e *Engine) Run(ctx context.Context) {
 	for _, p := range e.partitions {
 		e.work(p)
 	}
+	for _, m := range e.members {
+		if !m.started.IsZero() {
+			e.watch(m)
+		}
+	}
+	e.workers.Go(func() { e.sweep(ctx) })
+	e.workers.Go(func() { e.watchNode(ctx) })
 	e.mu.Unlock()
 
 	<-ctx.Done()
@@ -131,17 +190,25 @@ func (e *Engine) Run(ctx context.Context) {
 	e.workers.Wait()
 }
 
-// SetSchedule changes when partitions are merged, from each one's next merge on.
-func (e *Engine) SetSchedule(startDelays []time.Duration, interval time.Duration) {
+// Configure changes the settings. What is planned already stays planned.
+func (e *Engine) Configure(s Settings) {
+	e.budget.SetLimits(s.Budget)
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	e.delays, e.interval = startDelays, interval
+	e.settings = s
 }
+
+// OptsIn reports whether the engine makes the memory of containers mergeable itself,
+// unless [Settings] say otherwise, because the kernel lets it. Otherwise each
+// container's own process has to, before its program: see package optin.
+func (e *Engine) OptsIn() bool { return e.features.Bind }
 
 // Add makes a container a member of its partition, before it runs. It returns when
 // the kernel has the partition. When ctx ends earlier it returns nil, and the
 // partition will be there before the first merge. An error means that the kernel
-// refused the partition, and that the container is no member.
+// refused the partition. The container's memory must not be made mergeable then. If
+// the error matches [kernel.ErrKeptOut] it stays known, for [Engine.Status];
+// otherwise it is no member.
 func (e *Engine) Add(ctx context.Context, c Container) error {
 	e.mu.Lock()
 	p := e.join(c)
@@ -154,11 +221,13 @@ func (e *Engine) Add(ctx context.Context, c Container) error {
 	}
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	if p.refused != nil {
-		e.stop(c.ID)
-		return fmt.Errorf("container %s: %w", c.ID, p.refused)
+	if p.refused == nil {
+		return nil
 	}
-	return nil
+	if !errors.Is(p.refused, kernel.ErrKeptOut) {
+		e.stop(c.ID)
+	}
+	return fmt.Errorf("container %s: %w", c.ID, p.refused)
 }
 
 // Start says that a container runs: its partition is merged after the start
@@ -189,17 +258,40 @@ func (e *Engine) StopSandbox(sandboxID string) {
 	}
 }
 
+// Merge merges a partition as soon as the budget allows, and all of it, whether it
+// has changed or not; the empty name is that of all. It does not wait for that. It
+// returns [kernel.ErrNoPartition] where the engine has none of that name.
+func (e *Engine) Merge(name string) error {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if name != "" && e.partitions[name] == nil {
+		return fmt.Errorf("merging partition %s: %w", name, kernel.ErrNoPartition)
+	}
+	for _, p := range e.partitions {
+		if name == "" || name == p.name {
+			p.full = true
+			p.bringForward()
+		}
+	}
+	return nil
+}
+
 // Reconcile takes over what the runtime says exists: containers that were created
 // and those that run become members, those that are neither are stopped, and
 // partitions of ours that nobody needs are removed. The error says that the
 // kernel's partitions could not be listed; all else is done then.
 func (e *Engine) Reconcile(created, running []Container) error {
 	existing, err := e.kernel.Partitions()
+	if e.features.OneSpace {
+		// Before an engine that was killed, one of these had the merge space: that whose
+		// processes are still mergeable. It must have it again.
+		running = e.mergeableFirst(running)
+	}
 
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	known := map[string]bool{}
-	for _, c := range slices.Concat(created, running) {
+	for _, c := range slices.Concat(running, created) {
 		known[c.ID] = true
 		e.join(c)
 	}
@@ -220,12 +312,43 @@ func (e *Engine) Reconcile(created, running []Container) error {
 	return err
 }
 
+// mergeableFirst sorts containers by whether they have processes that are mergeable.
+func (e *Engine) mergeableFirst(containers []Container) []Container {
+	first := map[string]bool{}
+	for _, c := range containers {
+		processes, err := e.host.open(c.CgroupsPath)
+		if err != nil {
+			continue
+		}
+		for _, proc := range processes {
+			if mergeable, err := e.host.mergeable(proc.Pid()); err == nil && mergeable && proc.Alive() {
+				first[c.Partition] = true
+			}
+			proc.Close()
+		}
+	}
+	sorted := slices.Clone(containers)
+	slices.SortStableFunc(sorted, func(a, b Container) int {
+		switch {
+		case first[a.Partition] == first[b.Partition]:
+			return 0
+		case first[a.Partition]:
+			return -1
+		default:
+			return 1
+		}
+	})
+	return sorted
+}
+
 // join makes a container a member. e.mu is held.
 func (e *Engine) join(c Container) *partition {
+	var before chan struct{}
 	if m := e.members[c.ID]; m != nil {
 		if m.Container == c {
 			return m.partition
 		}
+		before = m.left
 		started := m.started
 		e.stop(c.ID)
 		defer func() {
@@ -241,7 +364,11 @@ func (e *Engine) join(c Container) *partition {
 			"pod": c.Pod, "namespace": c.Namespace, "container": c.Name, "container_id": c.ID, "partition": c.Partition,
 		}),
 		partition: p,
+		added:     time.Now(),
+		before:    before,
+		left:      make(chan struct{}),
 		warned:    map[string]bool{},
+		seen:      map[int]look{},
 	}
 	m.ctx, m.leave = context.WithCancel(context.Background())
 	e.members[c.ID], p.members[c.ID] = m, m
@@ -257,12 +384,14 @@ func (e *Engine) start(id string) {
 	}
 	p := m.partition
 	m.started = time.Now()
-	for _, d := range e.delays {
+	for _, d := range e.settings.StartDelays {
 		p.due = append(p.due, m.started.Add(d))
 	}
-	if p.last.IsZero() {
-		p.last = m.started
+	p.poor = 0
+	if next := m.started.Add(p.pause()); p.next.IsZero() || p.next.After(next) {
+		p.next = next
 	}
+	e.watch(m)
 	p.poke()
 }
 
@@ -278,6 +407,12 @@ func (e *Engine) stop(id string) {
 	delete(p.members, id)
 	p.leaving = append(p.leaving, m)
 	p.poke()
+	if e.features.WideRemoval && len(p.members) == 0 {
+		// Others may have waited for this one with their removal, or with their turn.
+		for _, other := range e.partitions {
+			other.poke()
+		}
+	}
 }
 
 // partition returns a partition, new if need be, whose worker runs. e.mu is held.
@@ -303,4 +438,11 @@ func (e *Engine) work(p *partition) {
 	if ctx := e.ctx; ctx != nil {
 		e.workers.Go(func() { p.work(ctx) })
 	}
+}
+
+// config returns the settings.
+func (e *Engine) config() Settings {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.settings
 }

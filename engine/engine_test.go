@@ -16,6 +16,7 @@ import (
 	"github.com/sirupsen/logrus"
 	logtest "github.com/sirupsen/logrus/hooks/test"
 
+	"github.com/selective-ksm/selective-ksm/engine/budget"
 	"github.com/selective-ksm/selective-ksm/engine/kernel"
 	"github.com/selective-ksm/selective-ksm/engine/memory"
 )
@@ -33,13 +34,33 @@ type machine struct {
 	// merged, of such whose number is another's now, and of such that are not
 	// mergeable.
 	dead, foreign, optedOut map[int]bool
-	open                    int // handles
+	// again are pids of processes that exited and whose number another of the same
+	// container has now.
+	again map[int]bool
+	open  int // handles
+
+	features kernel.Features
+	// quiet are processes that do nothing; others have faults all the time.
+	quiet  map[int]bool
+	faults uint64
+	// saved is what each process has merged more after each merge, in bytes.
+	saved, total uint64
+	// mergeableAll are all processes of the machine that are mergeable.
+	mergeableAll []int
+	// bound are the partitions that processes are bound to.
+	bound map[int]string
+	// ended is closed, and made anew, when the containers change.
+	ended   chan struct{}
+	scarce  map[string]func() // by cgroup, "" for the machine's
+	options []memory.Options  // of each find
+	cleared []int
 }
 
 func newMachine() *machine {
 	return &machine{
 		partitions: map[string]bool{}, containers: map[string][]int{},
 		dead: map[int]bool{}, foreign: map[int]bool{}, optedOut: map[int]bool{},
+		quiet: map[int]bool{}, bound: map[int]string{}, ended: make(chan struct{}), scarce: map[string]func(){},
 	}
 }
 
@@ -51,6 +72,17 @@ func (m *machine) call(format string, args ...any) error {
 	m.mu.Unlock()
 	if fail != nil {
 		return fail(call)
+	}
+	return nil
+}
+
+// look fails as a call does, but is none to the kernel, or changes nothing there.
+func (m *machine) look(what string) error {
+	m.mu.Lock()
+	fail := m.fail
+	m.mu.Unlock()
+	if fail != nil {
+		return fail(what)
 	}
 	return nil
 }
@@ -97,6 +129,9 @@ func (m *machine) RemovePartition(name string) error {
 }
 
 func (m *machine) Partitions() ([]string, error) {
+	if err := m.look("list"); err != nil {
+		return nil, err
+	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return slices.Sorted(maps.Keys(m.partitions)), nil
@@ -129,11 +164,65 @@ func (m *machine) Unmerge(_ context.Context, partition string, pid int) error {
 	return nil
 }
 
+func (m *machine) Features() kernel.Features { return m.features }
+func (m *machine) Close() error              { return nil }
+
+func (m *machine) Settle(ctx context.Context, partition string) (time.Duration, error) {
+	if !m.features.OneSpace {
+		return 0, ctx.Err()
+	}
+	return 0, m.call("settle %s", partition)
+}
+
+func (m *machine) Bind(partition string, pid int) error {
+	if !m.features.Bind {
+		return kernel.ErrNotSupported
+	}
+	if err := m.call("bind %s %d", partition, pid); err != nil {
+		return err
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	switch {
+	case !m.partitions[partition]:
+		return kernel.ErrNoPartition
+	case m.bound[pid] != "" && m.bound[pid] != partition:
+		return kernel.ErrBusy
+	}
+	m.bound[pid] = partition
+	return nil
+}
+
+func (m *machine) Unbind(partition string, pid int) error {
+	if !m.features.Bind {
+		return kernel.ErrNotSupported
+	}
+	if err := m.call("unbind %s %d", partition, pid); err != nil {
+		return err
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	switch {
+	case m.dead[pid] && !m.foreign[pid]:
+		return kernel.ErrNoProcess
+	case m.bound[pid] != partition:
+		return kernel.ErrNotMember
+	}
+	delete(m.bound, pid)
+	return nil
+}
+
 func (m *machine) Counters(string) (kernel.Counters, error) {
+	if err := m.look("counters"); err != nil {
+		return kernel.Counters{}, err
+	}
 	return kernel.Counters{Shared: 1, Sharing: 3}, nil
 }
 
 func (m *machine) open_(path string) ([]handle, error) {
+	if err := m.look("open"); err != nil {
+		return nil, err
+	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	pids, ok := m.containers[path]
@@ -152,17 +241,128 @@ type fakeHost struct{ *machine }
 
 func (h fakeHost) open(path string) ([]handle, error) { return h.open_(path) }
 
+func (h fakeHost) list(path string) ([]int, error) {
+	if err := h.look("open"); err != nil {
+		return nil, err
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if pids, ok := h.containers[path]; ok {
+		return slices.Clone(pids), nil
+	}
+	return nil, fs.ErrNotExist
+}
+
+func (h fakeHost) member(path string, pid int) (bool, error) {
+	if err := h.look("member"); err != nil {
+		return false, err
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return slices.Contains(h.containers[path], pid) && (!h.dead[pid] || h.again[pid]), nil
+}
+
+func (h fakeHost) exists(path string) error {
+	if err := h.look("exists"); err != nil {
+		return err
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if _, ok := h.containers[path]; !ok {
+		return fs.ErrNotExist
+	}
+	return nil
+}
+
+func (h fakeHost) waitEmpty(ctx context.Context, path string) error {
+	if err := h.look("waitEmpty"); err != nil {
+		return err
+	}
+	for {
+		h.mu.Lock()
+		pids, ended := h.containers[path], h.ended
+		h.mu.Unlock()
+		if len(pids) == 0 {
+			return nil
+		}
+		select {
+		case <-ended:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+func (h fakeHost) pressed(ctx context.Context, path string, scarce func()) error {
+	h.mu.Lock()
+	h.scarce[path] = scarce
+	h.mu.Unlock()
+	<-ctx.Done()
+	return ctx.Err()
+}
+
+func (h fakeHost) mergeableOnes() ([]int, error) {
+	if err := h.look("mergeableOnes"); err != nil {
+		return nil, err
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return slices.Clone(h.mergeableAll), nil
+}
+
 func (h fakeHost) mergeable(pid int) (bool, error) {
+	if err := h.look("mergeable"); err != nil {
+		return false, err
+	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	return !h.optedOut[pid], nil
 }
 
-func (h fakeHost) find(pid int) (memory.Offer, error) {
-	return memory.Offer{Ranges: []kernel.Range{{Start: 0x1000, End: 0x5000}}, Bytes: 0x4000}, nil
+func (h fakeHost) find(pid int, o memory.Options) (memory.Offer, error) {
+	if err := h.look("find"); err != nil {
+		return memory.Offer{}, err
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.options = append(h.options, o)
+	return memory.Offer{
+		Ranges: []kernel.Range{{Start: 0x1000, End: 0x5000}}, Bytes: 0x4000, Zero: 0x1000, Mergeable: !h.optedOut[pid],
+	}, nil
 }
 
-func (h fakeHost) merged(int) (uint64, error) { return 0x2000, nil }
+func (h fakeHost) activity(pid int) (memory.Activity, error) {
+	if err := h.look("activity"); err != nil {
+		return memory.Activity{}, err
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.quiet[pid] {
+		return memory.Activity{Resident: 1}, nil
+	}
+	h.faults++
+	return memory.Activity{MinorFaults: h.faults}, nil
+}
+
+func (h fakeHost) clearDirty(pid int) error {
+	if err := h.look("clearDirty"); err != nil {
+		return err
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.cleared = append(h.cleared, pid)
+	return nil
+}
+
+func (h fakeHost) merged(int) (uint64, error) {
+	if err := h.look("merged"); err != nil {
+		return 0, err
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.total += h.saved
+	return 0x2000 + h.total, nil
+}
 
 type fakeHandle struct {
 	m      *machine
@@ -196,22 +396,36 @@ type bench struct {
 	logged *logtest.Hook
 }
 
+// settings are those of an engine in a test.
+var settings = Settings{
+	StartDelays: []time.Duration{time.Second, 10 * time.Second},
+	Interval:    10 * time.Minute,
+	MaxInterval: 10 * time.Minute,
+	Budget:      budget.Limits{Workers: 2},
+}
+
 // with runs a test of an engine in a bubble: time is its own, and all goroutines
 // must have ended when it is over.
 func with(t *testing.T, test func(b *bench)) {
 	t.Helper()
+	on(t, kernel.Features{}, test)
+}
+
+// on runs it on a kernel with features.
+func on(t *testing.T, f kernel.Features, test func(b *bench)) {
+	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
 		log, hook := logtest.NewNullLogger()
 		m := newMachine()
+		m.features = f
 		e := New(Options{
-			Kernel:      m,
-			Owned:       func(name string) bool { return strings.HasPrefix(name, "own-") },
-			StartDelays: []time.Duration{time.Second, 10 * time.Second},
-			Interval:    10 * time.Minute,
-			Log:         log,
+			Kernel:   m,
+			Owned:    func(name string) bool { return strings.HasPrefix(name, "own-") },
+			Settings: settings,
+			Log:      log,
 		})
 		e.host = fakeHost{m}
-		e.slots = make(chan struct{}, 2)
+		e.jitter = func(time.Duration) time.Duration { return 0 }
 		ctx, cancel := context.WithCancel(t.Context())
 		stopped := make(chan struct{})
 		go func() {
@@ -234,6 +448,22 @@ func (b *bench) container(id, partition string, pid int) Container {
 	defer b.machine.mu.Unlock()
 	b.machine.containers["/"+id] = []int{pid}
 	return Container{ID: id, Name: "name-" + id, Pod: "pod", Namespace: "ns", SandboxID: "sandbox", CgroupsPath: "/" + id, Partition: partition}
+}
+
+// configure changes the settings of the test.
+func (b *bench) configure(change func(*Settings)) {
+	s := settings
+	change(&s)
+	b.Configure(s)
+}
+
+// set changes the machine.
+func (b *bench) set(change func(m *machine)) {
+	b.machine.mu.Lock()
+	defer b.machine.mu.Unlock()
+	change(b.machine)
+	close(b.ended)
+	b.ended = make(chan struct{})
 }
 
 func (b *bench) add(c Container) {
@@ -315,7 +545,7 @@ func TestMergedLine(t *testing.T) {
 		entry := b.logged.LastEntry()
 		want := logrus.Fields{
 			"pod": "pod", "namespace": "ns", "container": "name-a", "container_id": "a", "partition": "own-1",
-			"offered_bytes": uint64(0x4000), "merged_bytes": uint64(0x2000), "saved_bytes": uint64(0x1800),
+			"offered_bytes": uint64(0x4000), "merged_bytes": uint64(0x2000), "saved_bytes": uint64(0x1800), "zero_bytes": uint64(0x1000),
 			"duration_ms": 0.0, "processes": 1,
 		}
 		if entry.Message != "merged" || !maps.Equal(entry.Data, want) {
@@ -326,7 +556,7 @@ func TestMergedLine(t *testing.T) {
 
 func TestNoStartDelays(t *testing.T) {
 	with(t, func(b *bench) {
-		b.SetSchedule(nil, time.Minute)
+		b.configure(func(s *Settings) { s.StartDelays, s.Interval = nil, time.Minute })
 		b.add(b.container("a", "own-1", 11))
 		b.Start("a")
 		b.expect("add own-1")
@@ -592,7 +822,7 @@ func TestFailuresAreLoggedOnce(t *testing.T) {
 
 func TestNotOptedIn(t *testing.T) {
 	with(t, func(b *bench) {
-		b.SetSchedule([]time.Duration{0, 10 * time.Second, 20 * time.Second}, time.Hour)
+		b.configure(func(s *Settings) { s.StartDelays = []time.Duration{0, 10 * time.Second, 20 * time.Second} })
 		b.add(b.container("a", "own-1", 11))
 		b.machine.containers["/a"] = []int{11, 12}
 		b.machine.optedOut[11] = true
@@ -607,15 +837,36 @@ func TestNotOptedIn(t *testing.T) {
 }
 
 // The runtime does not tell of every end.
-func TestCgroupVanishes(t *testing.T) {
+func TestContainerEndsUntold(t *testing.T) {
 	with(t, func(b *bench) {
 		b.add(b.container("a", "own-1", 11))
+		b.add(b.container("b", "own-1", 12))
 		b.Start("a")
-		delete(b.machine.containers, "/a")
+		b.Start("b")
 		b.expect("add own-1")
-		time.Sleep(time.Second)
+		b.set(func(m *machine) { m.containers["/a"] = nil })
+		b.expect()
+		if all := b.Status(); len(all) != 1 || len(all[0].Containers) != 1 {
+			t.Errorf("status is %+v", all)
+		}
+		b.set(func(m *machine) { delete(m.containers, "/b") })
 		b.expect("remove own-1")
-		b.expectLog("a: container is gone")
+	})
+}
+
+func TestContainerIsNeverStarted(t *testing.T) {
+	with(t, func(b *bench) {
+		late := b.container("late", "own-1", 11)
+		b.set(func(m *machine) { delete(m.containers, "/late") })
+		b.add(late)
+		b.add(b.container("killed", "own-2", 12))
+		time.Sleep(swept + time.Second)
+		b.took()
+		b.set(func(m *machine) { delete(m.containers, "/killed") })
+		time.Sleep(swept)
+		b.expect("remove own-2")
+		time.Sleep(unborn)
+		b.expect("remove own-1")
 	})
 }
 
@@ -654,7 +905,7 @@ func TestRun(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		log, _ := logtest.NewNullLogger()
 		m := newMachine()
-		e := New(Options{Kernel: m, Owned: func(string) bool { return true }, Interval: time.Minute, Log: log})
+		e := New(Options{Kernel: m, Owned: func(string) bool { return true }, Settings: settings, Log: log})
 		e.host = fakeHost{m}
 		if err := e.Reconcile([]Container{{ID: "a", Partition: "own-1"}}, nil); err != nil {
 			t.Fatal(err)

@@ -1,7 +1,12 @@
 package engine
 
 import (
+	"context"
+	"path/filepath"
+
+	"github.com/selective-ksm/selective-ksm/engine/cgroup"
 	"github.com/selective-ksm/selective-ksm/engine/memory"
+	"github.com/selective-ksm/selective-ksm/engine/pressure"
 	"github.com/selective-ksm/selective-ksm/engine/process"
 )
 
@@ -9,10 +14,25 @@ import (
 type host interface {
 	// open opens the processes of a container, as [process.Open] does.
 	open(cgroupsPath string) ([]handle, error)
-	// mergeable, find and merged are the functions of package memory.
+	// list is [process.List]: the numbers alone.
+	list(cgroupsPath string) ([]int, error)
+	// member and waitEmpty are [process.Member] and [process.WaitEmpty].
+	member(cgroupsPath string, pid int) (bool, error)
+	waitEmpty(ctx context.Context, cgroupsPath string) error
+	// exists returns an error that matches [fs.ErrNotExist] where there is no such
+	// cgroup.
+	exists(cgroupsPath string) error
+	// pressed is [pressure.Watch] for the pod of a container, or for the machine
+	// where there is no path.
+	pressed(ctx context.Context, cgroupsPath string, scarce func()) error
+	// mergeableOnes are all processes of the machine whose memory is mergeable.
+	mergeableOnes() ([]int, error)
+	// The others are the functions of package memory.
 	mergeable(pid int) (bool, error)
-	find(pid int) (memory.Offer, error)
+	find(pid int, o memory.Options) (memory.Offer, error)
 	merged(pid int) (uint64, error)
+	activity(pid int) (memory.Activity, error)
+	clearDirty(pid int) error
 }
 
 // handle is a [process.Process].
@@ -36,6 +56,53 @@ func (l linux) open(cgroupsPath string) ([]handle, error) {
 	return handles, err
 }
 
-func (linux) mergeable(pid int) (bool, error)    { return memory.Mergeable(pid) }
-func (linux) find(pid int) (memory.Offer, error) { return memory.Find(pid) }
-func (linux) merged(pid int) (uint64, error)     { return memory.Merged(pid) }
+func (l linux) list(cgroupsPath string) ([]int, error) {
+	return process.List(l.cgroupRoot, cgroupsPath)
+}
+
+func (l linux) member(cgroupsPath string, pid int) (bool, error) {
+	return process.Member(l.cgroupRoot, cgroupsPath, pid)
+}
+
+func (l linux) waitEmpty(ctx context.Context, cgroupsPath string) error {
+	return process.WaitEmpty(ctx, l.cgroupRoot, cgroupsPath)
+}
+
+func (l linux) exists(cgroupsPath string) error {
+	_, err := cgroup.Find(l.cgroupRoot, cgroupsPath)
+	return err
+}
+
+func (l linux) pressed(ctx context.Context, cgroupsPath string, scarce func()) error {
+	if cgroupsPath == "" {
+		return pressure.Watch(ctx, pressure.Node, scarce)
+	}
+	dir, err := cgroup.Find(l.cgroupRoot, cgroupsPath)
+	if err != nil {
+		return err
+	}
+	return pressure.Watch(ctx, filepath.Join(filepath.Dir(dir), "memory.pressure"), scarce)
+}
+
+func (linux) mergeableOnes() ([]int, error) {
+	all, err := process.All()
+	if err != nil {
+		return nil, err
+	}
+	var found []int
+	for _, pid := range all {
+		// One that has gone, or that may not be looked at, is not ours to see.
+		if mergeable, err := memory.Mergeable(pid); err == nil && mergeable {
+			found = append(found, pid)
+		}
+	}
+	return found, nil
+}
+
+func (linux) mergeable(pid int) (bool, error) { return memory.Mergeable(pid) }
+func (linux) find(pid int, o memory.Options) (memory.Offer, error) {
+	return memory.Find(pid, o)
+}
+func (linux) merged(pid int) (uint64, error)            { return memory.Merged(pid) }
+func (linux) activity(pid int) (memory.Activity, error) { return memory.ActivityOf(pid) }
+func (linux) clearDirty(pid int) error                  { return memory.ClearDirty(pid) }

@@ -3,8 +3,8 @@ package engine
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io/fs"
-	"os"
 	"slices"
 	"time"
 
@@ -12,199 +12,467 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/selective-ksm/selective-ksm/engine/kernel"
+	"github.com/selective-ksm/selective-ksm/engine/memory"
 )
 
-// settled is the time after a container's start from which its processes must be
-// opted in. Before, they may still be the runtime's init or the wrapper.
-const settled = time.Second
+const (
+	// settled is the time after a container's start from which its processes must be
+	// opted in. Before, they may still be the runtime's init or the wrapper.
+	settled = time.Second
+	// chunk is the most that is asked of the kernel in one turn, in bytes: a merge under
+	// way cannot be ended.
+	chunk = 16 << 20
+	// fullEvery is that each so many merges of a partition pass over nothing: what a
+	// process writes to its pages does not always show.
+	fullEvery = 6
+	// little is how many bytes a merge must save, or the next one is put off.
+	little = 1 << 20
+	// afterMove is the pause while a container's memory is still in another partition.
+	afterMove = time.Second
+)
 
 // errNotOptedIn is why processes that nobody made mergeable are left out.
 var errNotOptedIn = errors.New("the kernel says that their memory is not mergeable: " +
 	"they joined by exec, or the container was created while the plugin was away, or prctl(PR_SET_MEMORY_MERGE) is not allowed to it")
 
-// merged is what came of merging one member.
-type merged struct {
+// look is a process as it was when all that it offered had been merged.
+type look struct {
+	activity memory.Activity
+	// offered and zero are what it has offered then, in bytes.
+	offered, zero uint64
+}
+
+// pass is one merge of a member.
+type pass struct {
+	partition *partition
 	member    *member
-	processes []handle // that were merged
-	offered   uint64   // bytes
-	took      time.Duration
+	settings  Settings
+	full      bool
+
+	merged  []handle // processes that were merged, now or before
+	seen    map[int]look
+	offered uint64 // bytes
+	zero    uint64 // bytes
+	took    time.Duration
+	// unchanged is that the result is that of the last merge.
+	unchanged bool
 }
 
 // merge merges all members that run, and logs what came of it. It returns early
 // when the partition turns out to be gone or spoilt.
 func (p *partition) merge(ctx context.Context) {
-	p.engine.mu.Lock()
+	e := p.engine
+	e.mu.Lock()
 	now := time.Now()
+	due := len(p.due)
 	p.due = slices.DeleteFunc(p.due, func(t time.Time) bool { return !t.After(now) })
+	// What is due besides the interval is so because something has changed.
+	full := p.full || len(p.due) < due || p.passes%fullEvery == 0
+	p.full = false
 	members := p.running()
-	p.engine.mu.Unlock()
+	settings := e.settings
+	e.mu.Unlock()
+	p.passes++
 
-	var results []merged
-	for _, m := range members {
-		r := p.mergeMember(ctx, m)
-		defer func() {
-			for _, proc := range r.processes {
+	if e.features.OneSpace && !p.alone(ctx) {
+		p.putOff()
+		return
+	}
+	var passes []*pass
+	defer func() {
+		for _, m := range passes {
+			for _, proc := range m.merged {
 				proc.Close()
 			}
-		}()
-		if !p.exists || p.spoilt {
+		}
+	}()
+	for _, m := range members {
+		one := &pass{partition: p, member: m, settings: settings, full: full, seen: map[int]look{}}
+		passes = append(passes, one)
+		one.run(ctx)
+		if !p.exists || p.spoilt || ctx.Err() != nil {
 			return
 		}
-		results = append(results, r)
+		m.seen = one.seen
 	}
-	p.report(results)
-
-	p.engine.mu.Lock()
-	p.last = time.Now()
-	p.engine.mu.Unlock()
+	offered := slices.ContainsFunc(passes, func(s *pass) bool { return len(s.merged) > 0 })
+	if e.features.OneSpace && offered && !p.settle(ctx, members) {
+		return
+	}
+	p.plan(passes)
 }
 
-// mergeMember merges the processes of one container, until it leaves.
-func (p *partition) mergeMember(ctx context.Context, m *member) merged {
+// settle has a kernel with one merge space merge what was offered, and reports whether
+// it did. It ends when a container leaves, whose memory is mergeable still.
+func (p *partition) settle(ctx context.Context, members []*member) bool {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	for _, m := range members {
+		defer context.AfterFunc(m.ctx, cancel)()
+	}
+	err := p.engine.budget.Do(ctx, p.name, func() (time.Duration, error) {
+		p.mixed = true
+		return p.engine.kernel.Settle(ctx, p.name)
+	})
+	switch {
+	case err == nil:
+		if !p.alone(ctx) {
+			p.putOff()
+			return false
+		}
+		return true
+	case errors.Is(err, context.Canceled):
+		p.again()
+	case errors.Is(err, kernel.ErrNoPartition):
+		p.vanished(err)
+	default:
+		p.putOff()
+		for _, m := range members {
+			p.engine.warn(m, "container is not merged", err)
+		}
+	}
+	return false
+}
+
+// putOff leaves a merge for the next time.
+func (p *partition) putOff() {
+	p.engine.mu.Lock()
+	defer p.engine.mu.Unlock()
+	p.next = time.Now().Add(p.pause())
+}
+
+func (p *partition) vanished(err error) {
+	p.exists = false
+	p.log.WithError(err).Warn("partition was removed by somebody else: adding it again")
+}
+
+// run merges the processes of one container, until it leaves.
+func (s *pass) run(ctx context.Context) {
+	p, m := s.partition, s.member
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	defer context.AfterFunc(m.ctx, cancel)()
 
-	r := merged{member: m}
-	select {
-	case p.engine.slots <- struct{}{}:
-		defer func() { <-p.engine.slots }()
-	case <-ctx.Done():
-		return r
+	if m.before != nil {
+		select {
+		case <-m.before:
+		default:
+			// Nothing but us may tie a process to one partition.
+			p.engine.mu.Lock()
+			p.due = append(p.due, time.Now().Add(afterMove))
+			p.engine.mu.Unlock()
+			return
+		}
 	}
 	begin := time.Now()
+	if !s.full && s.quiet() {
+		s.took = time.Since(begin)
+		return
+	}
 	processes, err := p.engine.host.open(m.CgroupsPath)
 	if errors.Is(err, fs.ErrNotExist) {
-		// The runtime does not tell when a shim is killed, for one.
-		m.log.WithError(err).Info("container is gone")
-		p.engine.Stop(m.ID)
-		return r
+		p.engine.gone(m)
+		return
 	} else if err != nil {
-		m.warn("container is not merged: its processes were not found", err)
-		return r
+		p.engine.warn(m, "container is not merged: its processes were not found", err)
+		return
 	}
 	for _, proc := range processes {
-		if ctx.Err() == nil && !p.spoilt && p.exists && p.mergeProcess(ctx, m, proc, &r.offered) {
-			r.processes = append(r.processes, proc)
+		if ctx.Err() == nil && !p.spoilt && p.exists && s.process(ctx, proc) {
+			s.merged = append(s.merged, proc)
 		} else {
 			proc.Close()
 		}
 	}
-	r.took = time.Since(begin)
-	return r
+	s.took = time.Since(begin)
 }
 
-// mergeProcess merges what a process has to offer, adds that to offered, and
-// reports whether it was merged. That a process exits meanwhile is no failure.
-func (p *partition) mergeProcess(ctx context.Context, m *member, proc handle, offered *uint64) bool {
-	pid := proc.Pid()
-	mergeable, err := p.engine.host.mergeable(pid)
-	if err == nil && !mergeable && proc.Alive() {
-		if time.Since(m.started) >= settled {
-			m.warn("processes of the container are not merged", errNotOptedIn)
-		}
+// quiet reports whether the container has the same processes as when it was last
+// merged, and none of them has done anything since. Nothing is asked of the kernel then,
+// and no process has to be held: one that has another's number has another start.
+func (s *pass) quiet() bool {
+	host, before := s.partition.engine.host, s.member.seen
+	pids, err := host.list(s.member.CgroupsPath)
+	if err != nil || len(pids) == 0 || len(pids) != len(before) {
 		return false
 	}
-	if err != nil {
-		p.failedProcess(m, err)
-		return false
-	}
-	offer, err := p.engine.host.find(pid)
-	if err != nil {
-		p.failedProcess(m, err)
-		return false
-	}
-	for _, r := range offer.Ranges {
-		// What follows is asked for by number, which is this process's as long as it
-		// is alive.
-		if !proc.Alive() {
+	for _, pid := range pids {
+		was, known := before[pid]
+		if !known {
 			return false
 		}
-		err = p.engine.kernel.Merge(ctx, p.name, pid, r)
-		if !proc.Alive() {
-			p.repair(ctx, pid)
-			return false
-		}
-		if err != nil {
-			p.failedProcess(m, err)
+		if now, err := host.activity(pid); err != nil || now != was.activity {
 			return false
 		}
 	}
-	*offered += offer.Bytes
+	for pid, was := range before {
+		s.keep(pid, was)
+	}
+	s.unchanged = true
 	return true
 }
 
-// failedProcess takes note of why a process was not merged, or not to its end.
-func (p *partition) failedProcess(m *member, err error) {
+// process merges what a process has to offer, and reports whether it was merged. That
+// it exits meanwhile is no failure.
+func (s *pass) process(ctx context.Context, proc handle) bool {
+	e, pid := s.partition.engine, proc.Pid()
+	now, err := e.host.activity(pid)
+	if err != nil {
+		s.failed(err)
+		return false
+	}
+	before, again := s.member.seen[pid]
+	if again && !s.full && before.activity == now && proc.Alive() {
+		s.keep(pid, before)
+		return true
+	}
+
+	if e.features.Bind && !s.settings.OptedIn {
+		err := s.ask(ctx, proc, func() error { return e.kernel.Bind(s.partition.name, pid) })
+		if err != nil {
+			s.failed(err)
+			return false
+		}
+	}
+	o := memory.Options{
+		Secrets: s.settings.Secrets,
+		Zero:    s.settings.Zero,
+		Dirty:   s.settings.Dirty && again && !s.full,
+		Exact:   e.features.PageByPage,
+	}
+	var offer memory.Offer
+	err = e.budget.Do(ctx, s.partition.name, func() (time.Duration, error) {
+		var err error
+		offer, err = e.host.find(pid, o)
+		if err == nil && s.settings.Dirty && proc.Alive() {
+			// What is written to from here on is for the next merge, and also that which
+			// is merged now.
+			err = e.host.clearDirty(pid)
+		}
+		return 0, err
+	})
+	if err != nil {
+		s.failed(err)
+		return false
+	}
+	if !offer.Mergeable {
+		if proc.Alive() && time.Since(s.member.started) >= settled {
+			e.warn(s.member, "processes of the container are not merged", errNotOptedIn)
+		}
+		return false
+	}
+	for _, r := range chunks(offer.Ranges) {
+		if err := s.ask(ctx, proc, func() error { return e.kernel.Merge(ctx, s.partition.name, pid, r) }); err != nil {
+			s.failed(err)
+			return false
+		}
+	}
+	s.keep(pid, look{activity: now, offered: offer.Bytes, zero: offer.Zero})
+	return true
+}
+
+// keep takes a process as merged.
+func (s *pass) keep(pid int, l look) {
+	s.seen[pid] = l
+	s.offered += l.offered
+	s.zero += l.zero
+}
+
+// errExited says that a process has exited. It matches [kernel.ErrNoProcess].
+var errExited = fmt.Errorf("it exited: %w", kernel.ErrNoProcess)
+
+// ask asks the kernel for something about a process, by its number, which is the
+// process's as long as it is alive. In a turn of the budget.
+func (s *pass) ask(ctx context.Context, proc handle, call func() error) error {
+	return s.partition.engine.budget.Do(ctx, s.partition.name, func() (time.Duration, error) {
+		if !proc.Alive() {
+			return 0, errExited
+		}
+		err := call()
+		if !proc.Alive() {
+			s.partition.repair(ctx, s.member, proc.Pid())
+			return 0, errExited
+		}
+		return 0, err
+	})
+}
+
+// failed takes note of why a process was not merged, or not to its end.
+func (s *pass) failed(err error) {
 	switch {
-	case errors.Is(err, context.Canceled),
-		errors.Is(err, kernel.ErrNoProcess), errors.Is(err, os.ErrNotExist), errors.Is(err, unix.ESRCH):
+	case errors.Is(err, context.Canceled), gone(err):
 	case errors.Is(err, kernel.ErrNoPartition):
-		p.exists = false
-		p.log.WithError(err).Warn("partition was removed by somebody else: adding it again")
+		s.partition.vanished(err)
 	default:
-		m.warn("container is not merged", err)
+		s.partition.engine.warn(s.member, "container is not merged", err)
 	}
 }
 
-// repair sees to a number that was merged and whose process exited meanwhile. If
-// another process has it now, that one may have been merged, and may have forked
-// since: all there is in the partition is unmerged, and it starts anew.
-func (p *partition) repair(ctx context.Context, pid int) {
-	err := p.engine.kernel.Unmerge(context.WithoutCancel(ctx), p.name, pid)
-	if errors.Is(err, kernel.ErrNoProcess) || errors.Is(err, kernel.ErrNoPartition) {
+// gone reports whether an error is that a process or a cgroup is gone.
+func gone(err error) bool {
+	return errors.Is(err, kernel.ErrNoProcess) || errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ESRCH)
+}
+
+// repair sees to a number that was bound or merged and whose process exited
+// meanwhile. If a process that is not the container's has it now, that one may have
+// been taken into the partition. Where the kernel binds processes it says whether it
+// was. If it was, or may have been, it may have forked since, too: all there is in the
+// partition is unmerged, and it starts anew.
+func (p *partition) repair(ctx context.Context, m *member, pid int) {
+	k, ctx := p.engine.kernel, context.WithoutCancel(ctx)
+	if member, err := p.engine.host.member(m.CgroupsPath, pid); err == nil && member {
+		return
+	}
+	var err error
+	if p.engine.features.Bind {
+		err = k.Unbind(p.name, pid)
+	} else {
+		err = k.Unmerge(ctx, p.name, pid)
+	}
+	if errors.Is(err, kernel.ErrNoProcess) || errors.Is(err, kernel.ErrNoPartition) || errors.Is(err, kernel.ErrNotMember) {
 		return
 	}
 	p.spoilt = true
 	p.log.WithField("pid", pid).Warn("another process has the number of one that exited in a merge: unmerging the partition")
 }
 
-// unmerge unmerges what is left of a container that is no member any more.
-func (p *partition) unmerge(ctx context.Context, m *member) {
-	processes, err := p.engine.host.open(m.CgroupsPath)
-	if err != nil {
-		if !errors.Is(err, fs.ErrNotExist) {
-			m.warn("processes that the container left are not unmerged", err)
+// release unmerges what is left of containers that are no members any more. Those for
+// which it fails stay for the next time.
+func (p *partition) release(ctx context.Context, leaving []*member) error {
+	var errs []error
+	for _, m := range leaving {
+		if err := p.releaseOne(ctx, m); err != nil {
+			p.putBack([]*member{m})
+			errs = append(errs, err)
+		} else {
+			close(m.left)
 		}
-		return
 	}
+	return errors.Join(errs...)
+}
+
+func (p *partition) releaseOne(ctx context.Context, m *member) error {
+	e := p.engine
+	if e.features.OneSpace {
+		if err := p.stillMergeable([]*member{m}); err != nil {
+			return err
+		}
+	}
+	processes, err := e.host.open(m.CgroupsPath)
+	if err != nil && !gone(err) {
+		return err
+	}
+	var errs []error
 	for _, proc := range processes {
-		err := p.engine.kernel.Unmerge(ctx, p.name, proc.Pid())
-		if err != nil && !errors.Is(err, kernel.ErrNoProcess) && !errors.Is(err, kernel.ErrNoPartition) && ctx.Err() == nil {
-			m.warn("processes that the container left are not unmerged", err)
+		var err error
+		if e.features.Bind {
+			err = e.kernel.Unbind(p.name, proc.Pid())
+		} else {
+			err = e.kernel.Unmerge(ctx, p.name, proc.Pid())
+		}
+		if !gone(err) && !errors.Is(err, kernel.ErrNoPartition) && !errors.Is(err, kernel.ErrNotMember) {
+			errs = append(errs, err)
 		}
 		proc.Close()
 	}
+	return errors.Join(errs...)
 }
 
-// report logs what a merge of the partition came to, for each member that took
-// part. What the partition saves is divided among those by what they have merged
-// in it, and each page that several share is one member's only in part.
-func (p *partition) report(results []merged) {
-	counters, err := p.engine.kernel.Counters(p.name)
-	if err != nil {
-		p.log.WithError(err).Warn("savings are not known")
-	}
-	for _, r := range results {
-		if len(r.processes) == 0 {
+// plan says when the next merge is, by what this one came to, and logs that for each
+// member that took part. What the partition saves is divided among those by what they
+// have merged in it, and each page that several share is one member's only in part.
+func (p *partition) plan(passes []*pass) {
+	e := p.engine
+	var results []Result
+	var all uint64
+	changed := false
+	for _, s := range passes {
+		if s.unchanged {
+			r := s.member.result
+			r.Took, r.At = s.took, time.Now()
+			all += r.Merged
+			results = append(results, r)
 			continue
 		}
-		var bytes uint64
-		for _, proc := range r.processes {
-			if n, err := p.engine.host.merged(proc.Pid()); err == nil && proc.Alive() {
-				bytes += n
+		changed = true
+		r := Result{Offered: s.offered, Zero: s.zero, Took: s.took, Processes: len(s.merged), At: time.Now()}
+		for _, proc := range s.merged {
+			if n, err := e.host.merged(proc.Pid()); err == nil && proc.Alive() {
+				r.Merged += n
 			}
 		}
-		var saved uint64
-		if all := counters.Shared + counters.Sharing; all > 0 {
-			saved = uint64(float64(bytes) * float64(counters.Sharing) / float64(all))
-		}
-		r.member.log.WithFields(logrus.Fields{
-			"offered_bytes": r.offered,
-			"merged_bytes":  bytes,
-			"saved_bytes":   saved,
-			"duration_ms":   float64(r.took.Microseconds()) / 1000,
-			"processes":     len(r.processes),
-		}).Info("merged")
+		all += r.Merged
+		results = append(results, r)
 	}
+	// A kernel with one merge space has no other partition to count.
+	if changed && (!e.features.SharedCounters || e.features.OneSpace) {
+		counters, err := e.kernel.Counters(p.name)
+		if err != nil {
+			p.log.WithError(err).Warn("savings are not known")
+		} else if pages := counters.Shared + counters.Sharing; pages > 0 {
+			for i := range results {
+				results[i].Saved = uint64(float64(results[i].Merged) * float64(counters.Sharing) / float64(pages))
+			}
+		}
+	}
+	yield := all - min(all, p.merged)
+	p.merged = all
+
+	e.mu.Lock()
+	if yield >= little {
+		p.poor = 0
+	} else {
+		p.poor++
+	}
+	p.expected = (p.expected + float64(yield)) / 2
+	p.next = time.Now().Add(p.pause())
+	for i, s := range passes {
+		s.member.result = results[i]
+		if len(s.member.warned) == 0 && results[i].Processes > 0 {
+			s.member.reason = ""
+		}
+	}
+	e.mu.Unlock()
+
+	for i, s := range passes {
+		r := results[i]
+		if r.Processes == 0 {
+			continue
+		}
+		fields := logrus.Fields{
+			"offered_bytes": r.Offered,
+			"merged_bytes":  r.Merged,
+			"zero_bytes":    r.Zero,
+			"duration_ms":   float64(r.Took.Microseconds()) / 1000,
+			"processes":     r.Processes,
+		}
+		if !e.features.SharedCounters || e.features.OneSpace {
+			fields["saved_bytes"] = r.Saved
+		}
+		s.member.log.WithFields(fields).Info("merged")
+	}
+}
+
+// warn logs a kind of failure of a container the first time that it happens, and
+// keeps it as the reason that the container is not merged.
+func (e *Engine) warn(m *member, msg string, err error) {
+	e.mu.Lock()
+	m.reason = err.Error()
+	first := !m.warned[msg]
+	m.warned[msg] = true
+	e.mu.Unlock()
+	if first {
+		m.log.WithError(err).Warn(msg)
+	}
+}
+
+// chunks cuts ranges so that none is larger than a chunk.
+func chunks(ranges []kernel.Range) []kernel.Range {
+	var cut []kernel.Range
+	for _, r := range ranges {
+		for start := r.Start; start < r.End; start += chunk {
+			cut = append(cut, kernel.Range{Start: start, End: min(start+chunk, r.End)})
+		}
+	}
+	return cut
 }

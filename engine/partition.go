@@ -35,16 +35,25 @@ type partition struct {
 	tried chan struct{}
 
 	// Protected by Engine.mu.
-	members map[string]*member
-	leaving []*member   // were members and may have processes left
-	due     []time.Time // when to merge, besides the interval
-	last    time.Time   // when the last merge ended, or the first member started
-	refused error       // the kernel's answer to the last request for the partition
+	members  map[string]*member
+	leaving  []*member   // were members and may have processes left
+	due      []time.Time // when to merge, besides next
+	next     time.Time   // when to merge by the interval; zero before a member runs
+	full     bool        // the next merge passes over nothing
+	poor     int         // how many merges in a row saved little
+	expected float64     // bytes that the next merge is likely to save
+	relieved time.Time   // when it was last brought forward for its pod
+	refused  error       // the kernel's answer to the last request for the partition
 
 	// The worker's own.
 	exists bool
 	spoilt bool // a stranger's page may be in it: it must go
+	mixed  bool // its members may have been merged with all that is mergeable
+	told   bool // that others share its merge space
+	parked bool // it stays for now, as its removal would unmerge others
 	retry  time.Duration
+	passes int
+	merged uint64 // bytes that its members had merged after the last merge
 }
 
 // poke lets the worker look again. Engine.mu is held.
@@ -53,6 +62,25 @@ func (p *partition) poke() {
 	case p.wake <- struct{}{}:
 	default:
 	}
+}
+
+// bringForward makes a merge due at once. Engine.mu is held.
+func (p *partition) bringForward() {
+	p.due = append(p.due, time.Now())
+	p.poke()
+}
+
+// pause is the time until the next merge by the interval. Engine.mu is held.
+func (p *partition) pause() time.Duration {
+	s := &p.engine.settings
+	d := s.Interval
+	for range p.poor {
+		if d *= 2; d >= s.MaxInterval {
+			d = max(s.MaxInterval, s.Interval)
+			break
+		}
+	}
+	return d + p.engine.jitter(d)
 }
 
 // work is the partition's worker.
@@ -77,16 +105,16 @@ func (p *partition) work(ctx context.Context) {
 func (p *partition) step(ctx context.Context) (wait time.Duration, done bool) {
 	leaving, wanted := p.look()
 	if p.spoilt || !wanted {
-		if err := p.engine.kernel.RemovePartition(p.name); err != nil && !errors.Is(err, kernel.ErrNoPartition) {
-			return p.failed("partition is not removed yet", err), false
+		if wait, removed := p.remove(ctx, leaving); !removed {
+			return wait, false
 		}
-		p.exists, p.spoilt, leaving = false, false, nil
 		if p.forget() {
 			return 0, true
 		}
+		leaving = nil
 	}
-	for _, m := range leaving {
-		p.unmerge(ctx, m)
+	if err := p.release(ctx, leaving); err != nil {
+		return p.failed("processes that a container left are not unmerged yet", err), false
 	}
 	if !p.exists {
 		err := p.engine.kernel.AddPartition(p.name)
@@ -95,12 +123,14 @@ func (p *partition) step(ctx context.Context) (wait time.Duration, done bool) {
 			err = nil
 		}
 		p.answer(err)
-		if err != nil {
+		if errors.Is(err, kernel.ErrKeptOut) {
+			return p.backoff(), false
+		} else if err != nil {
 			return p.failed("partition is not added yet", err), false
 		}
 		p.exists = true
 	}
-	p.retry = 0
+	p.retry, p.parked = 0, false
 	if wait := p.untilDue(); wait > 0 {
 		return wait, false
 	}
@@ -124,6 +154,100 @@ func (p *partition) look() (leaving []*member, wanted bool) {
 	return leaving, len(p.members) > 0
 }
 
+// errStillMergeable is why a merge space is not given to another partition yet.
+var errStillMergeable = errors.New("processes of its containers still run, and stay mergeable until they end")
+
+// remove removes the partition, and returns how long to wait before it is tried
+// again if it is not removed.
+func (p *partition) remove(ctx context.Context, leaving []*member) (wait time.Duration, removed bool) {
+	var err error
+	if !p.spoilt {
+		wide := p.engine.features.WideRemoval
+		switch {
+		case p.engine.features.OneSpace:
+			err = p.stillMergeable(leaving)
+		case wide && p.othersInUse():
+			return p.park(ctx, leaving), false
+		}
+	}
+	if err == nil {
+		err = p.engine.kernel.RemovePartition(p.name)
+	}
+	if err != nil && !errors.Is(err, kernel.ErrNoPartition) {
+		p.putBack(leaving)
+		return p.failed("partition is not removed yet", err), false
+	}
+	for _, m := range leaving {
+		close(m.left)
+	}
+	p.exists, p.spoilt, p.mixed, p.merged = false, false, false, 0
+	p.engine.mu.Lock()
+	defer p.engine.mu.Unlock()
+	for _, m := range p.members {
+		clear(m.seen)
+	}
+	if p.engine.features.OneSpace {
+		for _, other := range p.engine.partitions {
+			other.poke()
+		}
+	}
+	return 0, true
+}
+
+// park leaves a partition in place whose removal would unmerge others, and sees only
+// to what its containers left.
+func (p *partition) park(ctx context.Context, leaving []*member) time.Duration {
+	if err := p.release(ctx, leaving); err != nil {
+		return p.failed("processes that a container left are not unmerged yet", err)
+	}
+	if !p.parked {
+		p.parked = true
+		p.log.Info("partition stays until no other is in use: this kernel would unmerge all of them with it")
+	}
+	return maxRetry
+}
+
+// othersInUse reports whether there are other partitions than our own, or other
+// containers. Where that is not known, it is assumed.
+func (p *partition) othersInUse() bool {
+	names, err := p.engine.kernel.Partitions()
+	if err != nil {
+		return true
+	}
+	p.engine.mu.Lock()
+	defer p.engine.mu.Unlock()
+	return len(p.engine.members) > 0 || slices.ContainsFunc(names, func(name string) bool { return !p.engine.owned(name) })
+}
+
+// stillMergeable returns an error while containers that left have processes that
+// would merge with those of the next partition.
+func (p *partition) stillMergeable(leaving []*member) error {
+	for _, m := range leaving {
+		processes, err := p.engine.host.open(m.CgroupsPath)
+		if err != nil && !gone(err) {
+			return err
+		}
+		var still bool
+		for _, proc := range processes {
+			if mergeable, err := p.engine.host.mergeable(proc.Pid()); (err != nil && !gone(err) || mergeable) && proc.Alive() {
+				still = true
+			}
+			proc.Close()
+		}
+		if still {
+			return errStillMergeable
+		}
+	}
+	return nil
+}
+
+// putBack keeps those who left for the next look.
+func (p *partition) putBack(leaving []*member) {
+	p.engine.mu.Lock()
+	defer p.engine.mu.Unlock()
+	p.leaving = append(leaving, p.leaving...)
+}
+
 // forget gives up a partition that is removed, unless it is wanted again.
 func (p *partition) forget() bool {
 	p.engine.mu.Lock()
@@ -131,7 +255,12 @@ func (p *partition) forget() bool {
 	if len(p.members) > 0 {
 		return false
 	}
+	// Those who were members for less than the removal took.
+	for _, m := range p.leaving {
+		close(m.left)
+	}
 	delete(p.engine.partitions, p.name)
+	p.engine.budget.Forget(p.name)
 	return true
 }
 
@@ -167,7 +296,7 @@ func (p *partition) untilDue() time.Duration {
 	if len(p.running()) == 0 {
 		return never
 	}
-	wait := time.Until(p.last.Add(p.engine.interval))
+	wait := time.Until(p.next)
 	for _, due := range p.due {
 		wait = min(wait, time.Until(due))
 	}

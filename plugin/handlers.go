@@ -80,8 +80,8 @@ func (p *plugin) Synchronize(_ context.Context, pods []*api.PodSandbox, containe
 	return nil, nil
 }
 
-// CreateContainer gives the container its partition and puts the opt-in before its
-// command.
+// CreateContainer gives the container its partition, and puts the opt-in before its
+// command where the engine does not do that from outside.
 func (p *plugin) CreateContainer(ctx context.Context, pod *api.PodSandbox, ctr *api.Container) (*api.ContainerAdjustment, []*api.ContainerUpdate, error) {
 	adjustment, err := p.create(ctx, pod, ctr)
 	if err != nil {
@@ -95,9 +95,11 @@ func (p *plugin) create(ctx context.Context, pod *api.PodSandbox, ctr *api.Conta
 	if err != nil {
 		return nil, err
 	}
-	adjustment, err := p.wrap(ctr)
-	if err != nil {
-		return nil, err
+	var adjustment *api.ContainerAdjustment
+	if p.wraps(p.get().policy) {
+		if adjustment, err = p.wrap(ctr); err != nil {
+			return nil, err
+		}
 	}
 	ctx, cancel := context.WithTimeout(ctx, addTimeout)
 	defer cancel()

@@ -43,6 +43,7 @@ type Engine interface {
 	Stop(containerID string)
 	StopSandbox(sandboxID string)
 	Reconcile(created, running []engine.Container) error
+	OptsIn() bool
 }
 
 // Options are what a plugin is made of.
@@ -126,7 +127,7 @@ type plugin struct {
 // state is what handlers read and change.
 type state struct {
 	policy  config.Config
-	wrapper string // path on the host of our copy
+	wrapper string // path on the host of our copy, if there is one
 	// told is the reason that was logged for each container that is not merged, by
 	// its id.
 	told map[string]string
@@ -207,9 +208,17 @@ func (p *plugin) serve(ctx context.Context) error {
 // running is the program that runs, wherever an upgrade has put its file.
 const running = "/proc/self/exe"
 
+// wraps reports whether containers need the wrapper to opt in.
+func (p *plugin) wraps(c config.Config) bool {
+	return c.OptIn == config.OptInWrapper || !p.Engine.OptsIn()
+}
+
 // prepare makes what a configuration asks for, and changes nothing yet. It returns
-// the path of the wrapper for containers.
+// the path of the wrapper for containers, if they need one.
 func (p *plugin) prepare(c config.Config) (wrapper string, err error) {
+	if !p.wraps(c) {
+		return "", nil
+	}
 	wrapper = cmp.Or(c.Wrapper, running)
 	if err := optin.CheckBinary(wrapper); err != nil {
 		return "", err

@@ -30,7 +30,9 @@ type recorder struct {
 	mu    sync.Mutex
 	calls []string
 	add   error
-	last  []engine.Container // of Reconcile
+	// optsIn is that the engine needs no wrapper.
+	optsIn bool
+	last   []engine.Container // of Reconcile
 }
 
 func (r *recorder) record(format string, args ...any) {
@@ -55,6 +57,7 @@ func (r *recorder) Add(ctx context.Context, c engine.Container) error {
 	return r.add
 }
 
+func (r *recorder) OptsIn() bool          { return r.optsIn }
 func (r *recorder) Start(id string)       { r.record("start %s", id) }
 func (r *recorder) Stop(id string)        { r.record("stop %s", id) }
 func (r *recorder) StopSandbox(id string) { r.record("stop sandbox %s", id) }
@@ -365,6 +368,14 @@ func TestNotMerged(t *testing.T) {
 	}
 	expect(t, e, "add c6 to "+podOf)
 
+	// Nor is one whose memory the engine opts in.
+	e.optsIn = true
+	if a := r.create(t, ctr("c8", 0, "sh")); len(a.GetArgs()) != 0 || len(a.GetMounts()) != 0 {
+		t.Errorf("wrapped for nothing: %v", a)
+	}
+	expect(t, e, "add c8 to "+podOf)
+	e.optsIn = false
+
 	// The program is removed: containers have the copy.
 	if err := os.Remove(c.Wrapper); err != nil {
 		t.Fatal(err)
@@ -377,7 +388,7 @@ func TestNotMerged(t *testing.T) {
 	if err := os.Remove(copied(dir)); err != nil {
 		t.Fatal(err)
 	}
-	if a := r.create(t, ctr("c8", 0, "sh")); len(a.GetArgs()) != 0 || len(a.GetMounts()) != 0 {
+	if a := r.create(t, ctr("c9", 0, "sh")); len(a.GetArgs()) != 0 || len(a.GetMounts()) != 0 {
 		t.Errorf("wrapped with nothing: %v", a)
 	}
 	expect(t, e)
@@ -467,7 +478,7 @@ func TestConfigure(t *testing.T) {
 	log, _ := logtest.NewNullLogger()
 	var applied []config.Config
 	var unfit error
-	p := &plugin{Options: Options{Dir: own(t.TempDir()), Log: log, Apply: func(c config.Config) error {
+	p := &plugin{Options: Options{Engine: &recorder{}, Dir: own(t.TempDir()), Log: log, Apply: func(c config.Config) error {
 		if unfit == nil {
 			applied = append(applied, c)
 		}
@@ -498,6 +509,35 @@ func TestConfigure(t *testing.T) {
 	p.Config = &c
 	if _, err := p.Configure(t.Context(), "partitionBy: node", "runtime", "v1.2.3"); err != nil {
 		t.Errorf("a plugin with a file of its own: %v", err)
+	}
+}
+
+// An engine that opts containers in needs no wrapper, unless the configuration wants
+// one.
+func TestOptIn(t *testing.T) {
+	log, _ := logtest.NewNullLogger()
+	dir := t.TempDir()
+	p := &plugin{Options: Options{
+		Engine: &recorder{optsIn: true}, Dir: own(dir), Log: log, Apply: func(config.Config) error { return nil },
+	}}
+	wrapper := "wrapper: " + static(t) + "\n"
+	for _, tc := range []struct {
+		text string
+		want bool
+	}{{"wrapper: /nowhere\n", false}, {wrapper + "optIn: wrapper\n", true}, {wrapper + "optIn: auto\n", false}} {
+		if _, err := p.Configure(t.Context(), tc.text, "runtime", "v1.2.3"); err != nil {
+			t.Fatal(err)
+		}
+		a, _, err := p.CreateContainer(t.Context(), pod(), ctr("c1", 0, "sh"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := len(a.GetMounts()) == 1 && len(a.GetArgs()) > 1; got != tc.want {
+			t.Errorf("%q: wrapped: %v, want %v", tc.text, got, tc.want)
+		}
+		if _, err := os.Stat(copied(dir)); (err == nil) != (tc.want || tc.text != "wrapper: /nowhere\n") {
+			t.Errorf("%q: copy of the wrapper: %v", tc.text, err)
+		}
 	}
 }
 

@@ -14,10 +14,6 @@ import (
 	"github.com/selective-ksm/selective-ksm/engine/optin"
 )
 
-// DefaultDir is where the copy of the wrapper is that containers get. Like a pod
-// sandbox it lives until the machine boots again.
-const DefaultDir = "/run/selective-ksm"
-
 // keepWrapper copies the wrapper to a directory of our own, and returns the path
 // of the copy. The runtime mounts it when a container starts, long after we
 // named it, and a mount of what is not there fails the container: so it may not

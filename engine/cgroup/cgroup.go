@@ -55,10 +55,20 @@ func Find(root, cgroupsPath string) (string, error) {
 }
 
 // Pids returns the processes of a cgroup and of those below it, in ascending
-// order. Processes that the caller's pid namespace does not have are left out. It returns an error that
-// matches [fs.ErrNotExist] when the cgroup is gone; those below it may come and go
-// meanwhile.
+// order. Processes that the caller's pid namespace does not have are left out. It
+// returns an error that matches [fs.ErrNotExist] when the cgroup is gone; those below
+// it may come and go meanwhile.
 func Pids(dir string) ([]int, error) {
+	// Most have none below. A directory has a link for each, and its files are many.
+	var stat unix.Stat_t
+	if err := unix.Stat(dir, &stat); err == nil && stat.Nlink == 2 {
+		pids, err := pidsOf(dir)
+		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENODEV) {
+			err = fmt.Errorf("cgroup %s: %w", dir, fs.ErrNotExist)
+		}
+		slices.Sort(pids)
+		return slices.Compact(pids), err
+	}
 	var pids []int
 	err := filepath.WalkDir(dir, func(path string, e fs.DirEntry, err error) error {
 		if err != nil {
@@ -70,7 +80,7 @@ func Pids(dir string) ([]int, error) {
 		if !e.IsDir() {
 			return nil
 		}
-		data, err := os.ReadFile(filepath.Join(path, "cgroup.procs"))
+		found, err := pidsOf(path)
 		switch {
 		case errors.Is(err, unix.EOPNOTSUPP):
 			// A threaded cgroup: its processes are listed at the root of its domain.
@@ -80,25 +90,52 @@ func Pids(dir string) ([]int, error) {
 				return fmt.Errorf("cgroup %s: %w", dir, fs.ErrNotExist)
 			}
 			return nil
-		case err != nil:
-			return err
 		}
-		for line := range strings.FieldsSeq(string(data)) {
-			pid, err := strconv.Atoi(line)
-			if err != nil {
-				return fmt.Errorf("reading %s/cgroup.procs: %w", path, err)
-			}
-			if pid > 0 {
-				pids = append(pids, pid)
-			}
-		}
-		return nil
+		pids = append(pids, found...)
+		return err
 	})
 	if err != nil {
 		return nil, err
 	}
 	slices.Sort(pids)
 	return slices.Compact(pids), nil
+}
+
+// pidsOf returns the processes of a cgroup, without those below it.
+func pidsOf(dir string) ([]int, error) {
+	path := filepath.Join(dir, "cgroup.procs")
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return nil, err
+	}
+	var pids []int
+	for line := range strings.FieldsSeq(string(data)) {
+		pid, err := strconv.Atoi(line)
+		if err != nil {
+			return nil, fmt.Errorf("reading %s: %w", path, err)
+		}
+		if pid > 0 {
+			pids = append(pids, pid)
+		}
+	}
+	return pids, nil
+}
+
+// Populated reports whether a cgroup or one below it has a process, of whatever pid
+// namespace.
+func Populated(dir string) bool {
+	populated := false
+	filepath.WalkDir(dir, func(path string, e fs.DirEntry, err error) error {
+		if err != nil || !e.IsDir() {
+			return nil // what has gone meanwhile has no process
+		}
+		if data, err := os.ReadFile(filepath.Join(path, "cgroup.procs")); err == nil && len(data) > 0 {
+			populated = true
+			return fs.SkipAll
+		}
+		return nil
+	})
+	return populated
 }
 
 // relative turns a cgroupsPath into a path below the mount of a hierarchy. The

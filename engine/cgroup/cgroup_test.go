@@ -104,3 +104,14 @@ func TestPids(t *testing.T) {
 		t.Error("bad number: no error")
 	}
 }
+
+func TestPopulated(t *testing.T) {
+	root := tree(t, map[string]string{
+		"a/cgroup.procs": "", "a/b/cgroup.procs": "7\n", "c/cgroup.procs": "", "d/cgroup.procs": "0\n",
+	})
+	for dir, want := range map[string]bool{"a": true, "a/b": true, "c": false, "d": true, "gone": false} {
+		if got := Populated(filepath.Join(root, dir)); got != want {
+			t.Errorf("%s: got %v", dir, got)
+		}
+	}
+}

@@ -1,5 +1,7 @@
 // Package kernel is what the engine needs of a kernel that merges memory by
-// partition. Package sysfs implements it.
+// partition. Three packages implement it: sysfs and syscall for a kernel with
+// Selective KSM, mainline for one without. Package detect finds out which of them
+// the running kernel takes.
 package kernel
 
 import (
@@ -7,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"time"
 )
 
 // Range is the part of a process's address space from Start up to End, in bytes.
@@ -31,46 +34,96 @@ type Counters struct {
 	Scanned uint64
 }
 
+// Features are what a caller must know of a kernel to use it well. The zero value
+// is that of a kernel with this project's series, without binding.
+type Features struct {
+	// Bind says that Bind and Unbind work. Where they do not, a process takes part
+	// only if it made its memory mergeable itself.
+	Bind bool
+	// PageByPage says that a merge takes a call for each page, and looks for one
+	// beyond its range when that has none. So a range must hold nothing that is not
+	// to be merged.
+	PageByPage bool
+	// SharedCounters says that counters are the machine's, not the partition's.
+	SharedCounters bool
+	// WideRemoval says that RemovePartition unmerges the partitions of others, too.
+	WideRemoval bool
+	// OneSpace says that all mergeable memory of the machine merges with each other
+	// once Settle is called, whoever made it mergeable. Then there is at most one
+	// partition at a time.
+	OneSpace bool
+}
+
 // Kernel merges and unmerges the memory of processes inside of partitions. Its
 // methods may be called concurrently. Process ids are of the caller's pid
-// namespace.
+// namespace. An error that has no name below is the system's own.
 type Kernel interface {
+	// Features are those of this kernel. They never change.
+	Features() Features
 	// AddPartition makes an empty partition. It returns ErrPartitionExists where
-	// there is one of that name.
+	// there is one of that name, which can be used all the same, and ErrKeptOut
+	// where there may be no other beside those that are there.
 	AddPartition(name string) error
 	// RemovePartition unmerges all pages of a partition, then removes it. It
-	// blocks while it unmerges. It returns ErrNoPartition where there is none.
+	// blocks while it unmerges. It returns ErrNoPartition where there is none, and
+	// ErrGoing where somebody else is removing it.
 	RemovePartition(name string) error
 	// Partitions lists the partitions of the machine, those of others included.
 	Partitions() ([]string, error)
-	// Merge merges a range of a process's memory with what the partition holds,
-	// and is done when it returns. When ctx ends it returns its error after the
-	// chunk at hand. Other errors are ErrNoPartition, ErrNoProcess, and ErrBusy
-	// where the process is bound to another partition.
+	// Bind makes a process mergeable, and binds it to the partition with all that it
+	// forks from then on: no other partition can take it. That it is bound here
+	// already is no error. Others are ErrNoPartition, ErrNoProcess, ErrBusy where it
+	// is bound elsewhere, and ErrNotSupported.
+	Bind(partition string, pid int) error
+	// Unbind unmerges a process and lets it go; its children stay bound. It returns
+	// ErrNotMember where the process is not of this partition, ErrNoPartition,
+	// ErrNoProcess, or ErrNotSupported.
+	Unbind(partition string, pid int) error
+	// Merge offers a range of a process's memory to the partition, and is done when
+	// it returns unless the kernel is one that needs Settle. It cannot be cancelled
+	// within a page, nor on most kernels within the range, so that callers keep
+	// ranges short; ctx is heeded before it starts. Errors are ErrNoPartition,
+	// ErrNoProcess, and ErrBusy where the process is bound to another partition.
 	Merge(ctx context.Context, partition string, pid int, r Range) error
+	// Settle returns when all that was offered to the partition is merged, and
+	// tells the CPU time that threads of the kernel took for it, beside the
+	// caller's. Errors are ErrNoPartition and those of ctx.
+	Settle(ctx context.Context, partition string) (time.Duration, error)
 	// Unmerge gives a process back copies of its own of those of its pages that
-	// are merged in the partition; pages merged in another are left alone. It
-	// returns ErrNoPartition or ErrNoProcess.
+	// are merged in the partition; pages merged in another are left alone, unless
+	// the kernel is one with WideRemoval. It returns ErrNoPartition or ErrNoProcess.
 	Unmerge(ctx context.Context, partition string, pid int) error
 	// Counters reads a partition's counters. It returns ErrNoPartition.
 	Counters(partition string) (Counters, error)
+	// Close lets go what the caller holds of the kernel. Partitions stay, unless the
+	// kernel is one where they end with their last user.
+	Close() error
 }
 
 var (
 	// ErrNotSupported is matched by an [UnsupportedError].
-	ErrNotSupported = errors.New("selective KSM is not supported by this kernel")
+	ErrNotSupported = errors.New("not supported by this kernel")
 	// ErrNoPartition says that there is no partition of that name.
 	ErrNoPartition = errors.New("no such partition")
+	// ErrGoing says that somebody else is removing the partition.
+	ErrGoing = errors.New("partition is being removed")
 	// ErrPartitionExists says that there is a partition of that name.
 	ErrPartitionExists = errors.New("partition exists")
+	// ErrKeptOut says that the kernel cannot keep this partition apart from what is
+	// merged already.
+	ErrKeptOut = errors.New("partition is kept out")
 	// ErrNoProcess says that the process is gone, or has no memory any more.
 	ErrNoProcess = errors.New("no such process")
+	// ErrNotMember says that the process is not of this partition.
+	ErrNotMember = errors.New("process is not of this partition")
 	// ErrBusy says that the process is bound to another partition.
 	ErrBusy = errors.New("process is bound to another partition")
 )
 
 // UnsupportedError says what a kernel lacks. It matches [ErrNotSupported].
 type UnsupportedError struct {
+	// Feature is what is wanted, such as "selective KSM".
+	Feature string
 	// Looked are the paths that were looked at.
 	Looked []string
 	// Missing is what was not there.
@@ -80,7 +133,11 @@ type UnsupportedError struct {
 }
 
 func (e *UnsupportedError) Error() string {
-	return fmt.Sprintf("%v: no %s in %s: %s", ErrNotSupported, e.Missing, strings.Join(e.Looked, " or "), e.Fix)
+	text := fmt.Sprintf("%s is %v: no %s", e.Feature, ErrNotSupported, e.Missing)
+	if len(e.Looked) > 0 {
+		text += " in " + strings.Join(e.Looked, " or ")
+	}
+	return text + ": " + e.Fix
 }
 
 // Is reports whether target is [ErrNotSupported].

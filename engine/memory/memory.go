@@ -1,9 +1,11 @@
 // Package memory says what of a process's memory is worth offering for a merge:
-// private anonymous memory that is present.
+// private memory of its own that is present and not merged yet. That is anonymous
+// memory, and what a process has written to of private mappings of files.
 package memory
 
 import (
 	"bufio"
+	"bytes"
 	"errors"
 	"fmt"
 	"io"
@@ -22,12 +24,35 @@ import (
 // faster than it takes another command.
 const maxGap = 1 << 20
 
+// Options say what to offer. The zero value is what is best for most.
+type Options struct {
+	// Secrets offers what the program has marked as secret, too: by MADV_DONTDUMP or
+	// MADV_WIPEONFORK, as cryptographic libraries do.
+	Secrets bool
+	// Zero offers zero pages that were never written, too: the rest of a huge page of
+	// which a program has used a part.
+	Zero bool
+	// Dirty offers only what was written to since [ClearDirty].
+	Dirty bool
+	// Exact offers nothing that does not qualify, however small.
+	Exact bool
+	// Any offers memory that the kernel says is not mergeable, too.
+	Any bool
+}
+
 // Offer is the memory of a process that is worth merging.
 type Offer struct {
 	// Ranges hold that memory, and small gaps in it, in ascending order.
 	Ranges []kernel.Range
-	// Bytes is how much of the ranges qualifies.
+	// Bytes is how much of the ranges qualifies and is not merged yet.
 	Bytes uint64
+	// Zero is how many bytes of zero pages the process has that were never written.
+	// They are in the ranges only if that was asked for.
+	Zero uint64
+	// Mergeable says that the kernel may merge some memory of the process: that it,
+	// or whoever started it, called prctl(PR_SET_MEMORY_MERGE) or
+	// madvise(MADV_MERGEABLE), or that it was bound to a partition.
+	Mergeable bool
 }
 
 // Find returns what a process has to offer. Where the kernel lacks PAGEMAP_SCAN
@@ -36,15 +61,15 @@ type Offer struct {
 //
 // The process is looked up by its number: the caller checks that it was the right
 // one after the call.
-func Find(pid int) (Offer, error) {
-	maps, err := os.Open(fmt.Sprintf("/proc/%d/maps", pid))
+func Find(pid int, o Options) (Offer, error) {
+	smaps, err := os.Open(fmt.Sprintf("/proc/%d/smaps", pid))
 	if err != nil {
 		return Offer{}, err
 	}
-	defer maps.Close()
-	mappings, err := candidates(maps)
+	defer smaps.Close()
+	mappings, err := parse(smaps)
 	if err != nil {
-		return Offer{}, fmt.Errorf("reading %s: %w", maps.Name(), err)
+		return Offer{}, fmt.Errorf("reading %s: %w", smaps.Name(), err)
 	}
 
 	pagemap, err := os.Open(fmt.Sprintf("/proc/%d/pagemap", pid))
@@ -53,27 +78,49 @@ func Find(pid int) (Offer, error) {
 	}
 	defer pagemap.Close()
 	var offer Offer
+	scannable := true
 	for _, m := range mappings {
-		present, err := scan(pagemap, m)
-		if errors.Is(err, unix.ENOTTY) {
-			return whole(mappings), nil
-		} else if err != nil {
-			return Offer{}, fmt.Errorf("scanning %s: %w", pagemap.Name(), err)
+		offer.Mergeable = offer.Mergeable || m.mergeable
+		if !m.qualifies(o) {
+			continue
 		}
-		for _, r := range present {
-			offer.Bytes += r.Len()
+		found := scanned{present: []kernel.Range{m.Range}}
+		if scannable {
+			found, err = scan(pagemap, pid, m.Range, o)
+			if errors.Is(err, unix.ENOTTY) {
+				scannable, found = false, scanned{present: []kernel.Range{m.Range}}
+			} else if err != nil {
+				return Offer{}, fmt.Errorf("scanning %s: %w", pagemap.Name(), err)
+			}
 		}
-		offer.Ranges = append(offer.Ranges, join(present)...)
+		var bytes uint64
+		for _, r := range found.present {
+			bytes += r.Len()
+		}
+		if !o.Dirty {
+			bytes -= min(bytes, m.merged)
+		}
+		offer.Bytes += bytes
+		offer.Zero += found.zero
+		gap := uint64(maxGap)
+		if o.Exact || found.zero > 0 && !o.Zero {
+			gap = 0
+		}
+		offer.Ranges = append(offer.Ranges, join(found.present, gap)...)
 	}
 	return offer, nil
 }
 
-// Mergeable reports whether KSM may merge any memory of a process: whether it, or
-// whoever started it, called prctl(PR_SET_MEMORY_MERGE) or madvise(MADV_MERGEABLE).
-// Errors are those of [Find].
-//
-// It goes by the flags in smaps, as ksm_stat does not tell on 6.12.
+// Mergeable reports whether KSM may merge any memory of a process. Errors are those
+// of [Find].
 func Mergeable(pid int) (bool, error) {
+	// Where ksm_stat tells, as it does not on 6.12, that is faster than smaps.
+	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/ksm_stat", pid))
+	if err == nil {
+		if _, after, ok := bytes.Cut(stat, []byte("ksm_mergeable:")); ok {
+			return bytes.HasPrefix(bytes.TrimSpace(after), []byte("yes")), nil
+		}
+	}
 	smaps, err := os.Open(fmt.Sprintf("/proc/%d/smaps", pid))
 	if err != nil {
 		return false, err
@@ -109,29 +156,147 @@ func Merged(pid int) (uint64, error) {
 	return pages * uint64(os.Getpagesize()), nil
 }
 
-// candidates reads the private anonymous mappings out of /proc/PID/maps.
-func candidates(maps io.Reader) ([]kernel.Range, error) {
-	var found []kernel.Range
-	lines := bufio.NewScanner(maps)
-	for lines.Scan() {
-		// 7f1c2000-7f1c4000 rw-p 00000000 00:00 0    [heap]
-		f := strings.Fields(lines.Text())
-		if len(f) < 5 {
-			return nil, fmt.Errorf("line of another form: %q", lines.Text())
+// Activity tells whether a process has likely used memory between two looks: then
+// its two values differ. What it writes to pages that it has already, and that are
+// not merged, does not show.
+type Activity struct {
+	// Faults since its start, pages, and its start in clock ticks since the machine's.
+	MinorFaults, MajorFaults, Resident, Start uint64
+}
+
+// ActivityOf looks at a process. Errors are those of [Find].
+func ActivityOf(pid int) (Activity, error) {
+	path := fmt.Sprintf("/proc/%d/stat", pid)
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return Activity{}, err
+	}
+	// The name is in parentheses and may hold anything; the fields behind it are
+	// numbered from 3 on (proc_pid_stat(5)).
+	_, after, ok := bytes.Cut(data[max(0, bytes.LastIndexByte(data, ')')):], []byte(") "))
+	f := strings.Fields(string(after))
+	if !ok || len(f) < 22 {
+		return Activity{}, fmt.Errorf("reading %s: of another form: %q", path, data)
+	}
+	var a Activity
+	for n, into := range map[int]*uint64{10: &a.MinorFaults, 12: &a.MajorFaults, 22: &a.Start, 24: &a.Resident} {
+		if *into, err = strconv.ParseUint(f[n-3], 10, 64); err != nil {
+			return Activity{}, fmt.Errorf("reading %s: %w", path, err)
 		}
-		perms, inode, name := f[1], f[4], strings.Join(f[5:], " ")
-		if !strings.HasSuffix(perms, "p") || strings.HasPrefix(perms, "---") || inode != "0" || !ordinary(name) {
+	}
+	return a, nil
+}
+
+// ClearDirty takes all pages of a process as not written to. The process pays for
+// it with a fault for each page that it writes to next. Others that go by the same
+// bits, as checkpointing does, are misled. Errors are those of [Find].
+func ClearDirty(pid int) error {
+	f, err := os.OpenFile(fmt.Sprintf("/proc/%d/clear_refs", pid), os.O_WRONLY, 0)
+	if err != nil {
+		return err
+	}
+	_, err = f.WriteString("4") // Documentation/admin-guide/mm/soft-dirty.rst
+	return errors.Join(err, f.Close())
+}
+
+// mapping is one of /proc/PID/smaps.
+type mapping struct {
+	kernel.Range
+	private   bool
+	access    bool   // any at all
+	special   bool   // one of the kernel's own, or a device's
+	mergeable bool   // to KSM
+	secret    bool   // the program says so
+	anonymous uint64 // bytes present, those merged included
+	merged    uint64 // bytes
+}
+
+// qualifies reports whether a mapping has memory that may be offered.
+func (m mapping) qualifies(o Options) bool {
+	switch {
+	case !m.private || !m.access || m.special || !o.Any && !m.mergeable:
+		return false
+	case m.anonymous == 0 || m.merged >= m.anonymous && !o.Dirty:
+		return false
+	}
+	return !m.secret || o.Secrets
+}
+
+// flag takes note of one of a mapping's flags (proc_pid_smaps(5)).
+func (m *mapping) flag(name string) {
+	switch name {
+	case "mg":
+		m.mergeable = true
+	case "dd", "wf": // MADV_DONTDUMP, MADV_WIPEONFORK
+		m.secret = true
+	case "sh", "ms", "io", "pf", "mm", "de", "ht":
+		// Shared, a device's, or of huge pages that are not split.
+		m.special = true
+	}
+}
+
+// parse reads /proc/PID/smaps.
+func parse(smaps io.Reader) ([]mapping, error) {
+	var found []mapping
+	lines := bufio.NewScanner(smaps)
+	for lines.Scan() {
+		line := lines.Bytes()
+		key, value, _ := bytes.Cut(line, []byte(":"))
+		if bytes.IndexByte(key, ' ') >= 0 || bytes.IndexByte(key, '-') >= 0 {
+			m, err := parseHeader(string(line))
+			if err != nil {
+				return nil, err
+			}
+			found = append(found, m)
 			continue
 		}
-		from, to, _ := strings.Cut(f[0], "-")
-		start, err1 := strconv.ParseUint(from, 16, 64)
-		end, err2 := strconv.ParseUint(to, 16, 64)
-		if err := errors.Join(err1, err2); err != nil || start >= end {
-			return nil, fmt.Errorf("not a range of addresses: %q", f[0])
+		if len(found) == 0 {
+			return nil, fmt.Errorf("line of another form: %q", line)
 		}
-		found = append(found, kernel.Range{Start: start, End: end})
+		m := &found[len(found)-1]
+		var size *uint64
+		switch string(key) {
+		case "Anonymous":
+			size = &m.anonymous
+		case "KSM":
+			size = &m.merged
+		case "VmFlags":
+			for flag := range bytes.FieldsSeq(value) {
+				m.flag(string(flag))
+			}
+		}
+		if size != nil {
+			kib, err := strconv.ParseUint(strings.TrimSuffix(strings.TrimSpace(string(value)), " kB"), 10, 64)
+			if err != nil {
+				return nil, fmt.Errorf("line of another form: %q", line)
+			}
+			*size = kib << 10
+		}
 	}
 	return found, lines.Err()
+}
+
+// parseHeader reads the line that begins a mapping:
+//
+//	7f1c2000-7f1c4000 rw-p 00000000 00:00 0    [heap]
+func parseHeader(line string) (mapping, error) {
+	f := strings.Fields(line)
+	if len(f) < 5 {
+		return mapping{}, fmt.Errorf("line of another form: %q", line)
+	}
+	from, to, _ := strings.Cut(f[0], "-")
+	start, err1 := strconv.ParseUint(from, 16, 64)
+	end, err2 := strconv.ParseUint(to, 16, 64)
+	if err := errors.Join(err1, err2); err != nil || start >= end {
+		return mapping{}, fmt.Errorf("not a range of addresses: %q", f[0])
+	}
+	perms, inode, name := f[1], f[4], strings.Join(f[5:], " ")
+	return mapping{
+		Range:   kernel.Range{Start: start, End: end},
+		private: strings.HasSuffix(perms, "p"),
+		access:  !strings.HasPrefix(perms, "---"),
+		special: inode == "0" && !ordinary(name),
+	}, nil
 }
 
 // ordinary reports whether a mapping without a file is memory of the program, and
@@ -140,20 +305,11 @@ func ordinary(name string) bool {
 	return name == "" || name == "[heap]" || name == "[stack]" || strings.HasPrefix(name, "[anon:")
 }
 
-// whole offers mappings as they are.
-func whole(mappings []kernel.Range) Offer {
-	offer := Offer{Ranges: mappings}
-	for _, m := range mappings {
-		offer.Bytes += m.Len()
-	}
-	return offer
-}
-
-// join makes one range of ranges with little between them.
-func join(ranges []kernel.Range) []kernel.Range {
+// join makes one range of ranges with no more than a gap between them.
+func join(ranges []kernel.Range, gap uint64) []kernel.Range {
 	var joined []kernel.Range
 	for _, r := range ranges {
-		if last := len(joined) - 1; last >= 0 && r.Start-joined[last].End <= maxGap {
+		if last := len(joined) - 1; last >= 0 && r.Start-joined[last].End <= gap {
 			joined[last].End = r.End
 		} else {
 			joined = append(joined, r)

@@ -1,8 +1,11 @@
 package memory
 
 import (
+	"bytes"
+	"errors"
 	"os"
 	"runtime"
+	"slices"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -15,15 +18,16 @@ import (
 const (
 	ioctlPagemapScan = 0xc0606610 // _IOWR('f', 16, struct pm_scan_arg)
 
-	pageIsFile    = 1 << 2
-	pageIsPresent = 1 << 3
-	pageIsPFNZero = 1 << 5
+	pageIsFile      = 1 << 2
+	pageIsPresent   = 1 << 3
+	pageIsPFNZero   = 1 << 5
+	pageIsHuge      = 1 << 6
+	pageIsSoftDirty = 1 << 7
 )
 
 // pageRegion is struct page_region.
 type pageRegion struct {
-	start, end uint64
-	_          uint64 // categories
+	start, end, categories uint64
 }
 
 // pmScanArg is struct pm_scan_arg.
@@ -42,11 +46,29 @@ type pmScanArg struct {
 	returnMask       uint64
 }
 
-// scan returns the parts of a mapping that are present, anonymous, and not the
-// zero page. It returns [unix.ENOTTY] where the kernel has no PAGEMAP_SCAN.
-func scan(pagemap *os.File, mapping kernel.Range) ([]kernel.Range, error) {
+// scanned is what a scan of a mapping found.
+type scanned struct {
+	// present are the parts that qualify, in ascending order.
+	present []kernel.Range
+	// zero is how many bytes of zero pages there are that were never written.
+	zero uint64
+}
+
+func (s *scanned) add(start, end uint64) {
+	if last := len(s.present) - 1; last >= 0 && s.present[last].End == start {
+		s.present[last].End = end
+	} else {
+		s.present = append(s.present, kernel.Range{Start: start, End: end})
+	}
+}
+
+// scan finds the parts of a mapping that are present and the process's own. The
+// zero page that reading unwritten memory maps is none; those that a huge page
+// brought along are told by what they hold. It returns [unix.ENOTTY] where the kernel
+// has no PAGEMAP_SCAN.
+func scan(pagemap *os.File, pid int, m kernel.Range, o Options) (scanned, error) {
 	var (
-		found []kernel.Range
+		found scanned
 		vec   [512]pageRegion
 		pin   runtime.Pinner
 	)
@@ -55,25 +77,38 @@ func scan(pagemap *os.File, mapping kernel.Range) ([]kernel.Range, error) {
 	pin.Pin(&vec)
 	defer pin.Unpin()
 
-	for start := mapping.Start; start < mapping.End; {
+	must := uint64(pageIsPresent)
+	if o.Dirty {
+		must |= pageIsSoftDirty
+	}
+	for start := m.Start; start < m.End; {
 		arg := pmScanArg{
 			start:            start,
-			end:              mapping.End,
+			end:              m.End,
 			vec:              uint64(uintptr(unsafe.Pointer(&vec))),
 			vecLen:           uint64(len(vec)),
-			categoryInverted: pageIsFile | pageIsPFNZero,
-			categoryMask:     pageIsPresent | pageIsFile | pageIsPFNZero,
-			returnMask:       pageIsPresent,
+			categoryInverted: pageIsFile,
+			categoryMask:     must | pageIsFile,
+			returnMask:       pageIsPresent | pageIsPFNZero | pageIsHuge,
 		}
 		arg.size = uint64(unsafe.Sizeof(arg))
 		n, _, errno := unix.Syscall(unix.SYS_IOCTL, pagemap.Fd(), ioctlPagemapScan, uintptr(unsafe.Pointer(&arg)))
 		if errno == unix.EINTR {
 			continue
 		} else if errno != 0 {
-			return nil, errno
+			return scanned{}, errno
 		}
 		for _, r := range vec[:n] {
-			found = append(found, kernel.Range{Start: r.start, End: r.end})
+			switch {
+			case r.categories&pageIsPFNZero != 0:
+				found.zero += r.end - r.start
+			case r.categories&pageIsHuge != 0 && !o.Zero:
+				if err := found.addWritten(pid, r.start, r.end); err != nil {
+					return scanned{}, err
+				}
+			default:
+				found.add(r.start, r.end)
+			}
 		}
 		if arg.walkEnd <= start {
 			break
@@ -81,4 +116,56 @@ func scan(pagemap *os.File, mapping kernel.Range) ([]kernel.Range, error) {
 		start = arg.walkEnd
 	}
 	return found, nil
+}
+
+// addWritten adds the pages of a part of a process's memory that are not zero.
+func (s *scanned) addWritten(pid int, start, end uint64) error {
+	page := os.Getpagesize()
+	zero := make([]byte, page)
+	buf := make([]byte, 64*page)
+	for at := start; at < end; {
+		part := buf[:min(uint64(len(buf)), end-at)]
+		n, err := unix.ProcessVMReadv(pid,
+			[]unix.Iovec{{Base: &part[0], Len: uint64(len(part))}},
+			[]unix.RemoteIovec{{Base: uintptr(at), Len: len(part)}}, 0)
+		if err != nil || n < page {
+			// It has been unmapped, or may not be read: the kernel will find out.
+			s.add(at, end)
+			if err == unix.ESRCH {
+				return err
+			}
+			return nil
+		}
+		for have := range slices.Chunk(part[:n/page*page], page) {
+			if bytes.Equal(have, zero) {
+				s.zero += uint64(page)
+			} else {
+				s.add(at, at+uint64(page))
+			}
+			at += uint64(page)
+		}
+	}
+	return nil
+}
+
+// TellsDirty reports whether the kernel knows which pages were written to
+// (CONFIG_MEM_SOFT_DIRTY), and finds them.
+func TellsDirty() (bool, error) {
+	mem, err := unix.Mmap(-1, 0, os.Getpagesize(), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
+	if err != nil {
+		return false, err
+	}
+	defer unix.Munmap(mem)
+	mem[0] = 1
+	pagemap, err := os.Open("/proc/self/pagemap")
+	if err != nil {
+		return false, err
+	}
+	defer pagemap.Close()
+	start := uint64(uintptr(unsafe.Pointer(&mem[0])))
+	found, err := scan(pagemap, os.Getpid(), kernel.Range{Start: start, End: start + uint64(len(mem))}, Options{Dirty: true, Zero: true})
+	if errors.Is(err, unix.ENOTTY) {
+		return false, nil
+	}
+	return len(found.present) > 0, err
 }

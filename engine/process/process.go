@@ -3,9 +3,14 @@
 package process
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"io/fs"
+	"os"
 	"slices"
+	"strconv"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -59,6 +64,104 @@ func Open(root, cgroupsPath string) ([]*Process, error) {
 		}
 		return !member
 	}), nil
+}
+
+// WaitEmpty returns when a cgroup, and those below it, have no process any more or
+// are gone. It waits for one process after the other, so that a container costs one
+// descriptor, and no time while nothing happens. Errors are that of ctx, and those of
+// [Open] other than that the cgroup is gone.
+func WaitEmpty(ctx context.Context, root, cgroupsPath string) error {
+	for {
+		processes, err := Open(root, cgroupsPath)
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil
+		} else if err != nil {
+			return err
+		}
+		if len(processes) == 0 {
+			dir, err := cgroup.Find(root, cgroupsPath)
+			if err == nil && !cgroup.Populated(dir) || errors.Is(err, fs.ErrNotExist) {
+				return nil
+			} else if err != nil {
+				return err
+			}
+			// They have all just exited, or are of a pid namespace beside ours.
+			select {
+			case <-time.After(unseen):
+				continue
+			case <-ctx.Done():
+				return ctx.Err()
+			}
+		}
+		closeAll(processes[1:])
+		if err := processes[0].wait(ctx); err != nil {
+			return err
+		}
+	}
+}
+
+// unseen is how long a cgroup is left alone that has processes which cannot be seen.
+const unseen = time.Second
+
+// wait waits until the process has exited, and closes it.
+func (p *Process) wait(ctx context.Context) error {
+	// In this mode Go's poller waits for it, and no thread does.
+	if err := unix.SetNonblock(p.fd, true); err != nil {
+		p.Close()
+		return fmt.Errorf("waiting for process %d: %w", p.pid, err)
+	}
+	file := os.NewFile(uintptr(p.fd), "pidfd")
+	defer file.Close()
+	conn, err := file.SyscallConn()
+	if err != nil {
+		return fmt.Errorf("waiting for process %d: %w", p.pid, err)
+	}
+	defer context.AfterFunc(ctx, func() { file.SetReadDeadline(time.Unix(1, 0)) })()
+	if err := conn.Read(func(uintptr) bool { return !p.Alive() }); err != nil && ctx.Err() == nil {
+		return fmt.Errorf("waiting for process %d: %w", p.pid, err)
+	}
+	return ctx.Err()
+}
+
+// List returns the numbers of the processes of a cgroup and of those below it. Errors
+// are those of [cgroup.Find] and [cgroup.Pids].
+func List(root, cgroupsPath string) ([]int, error) {
+	dir, err := cgroup.Find(root, cgroupsPath)
+	if err != nil {
+		return nil, err
+	}
+	return cgroup.Pids(dir)
+}
+
+// Member reports whether a number is that of a process of a cgroup, or of one below
+// it. Errors are those of [cgroup.Find] and [cgroup.Pids] other than that the cgroup
+// is gone.
+func Member(root, cgroupsPath string, pid int) (bool, error) {
+	pids, err := List(root, cgroupsPath)
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	}
+	return slices.Contains(pids, pid), err
+}
+
+// All returns the numbers of all processes of the machine that the caller sees.
+func All() ([]int, error) {
+	proc, err := os.Open("/proc")
+	if err != nil {
+		return nil, err
+	}
+	defer proc.Close()
+	names, err := proc.Readdirnames(-1)
+	if err != nil {
+		return nil, err
+	}
+	var pids []int
+	for _, name := range names {
+		if pid, err := strconv.Atoi(name); err == nil {
+			pids = append(pids, pid)
+		}
+	}
+	return pids, nil
 }
 
 // Pid is the number of the process. It means this process only as long as it is

@@ -39,8 +39,10 @@ const (
 // started anew, takes over what runs, and merges it: so the first merge finds all
 // of the data.
 const (
-	whileFilling = "startDelays: []\ninterval: 1000h\nlogFormat: json\n"
-	whenFilled   = "startDelays: [0s]\ninterval: 1000h\nlogFormat: json\n"
+	whileFilling = "startDelays: []\n" + always
+	whenFilled   = "startDelays: [0s]\n" + always
+	// Nothing but the start of a container has it merged, as fast as it can be.
+	always = "interval: 1000h\npressure: off\nbudget: 200%\npartitionBudget: 100%\nlogFormat: json\n"
 )
 
 func main() {

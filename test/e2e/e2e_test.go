@@ -304,11 +304,14 @@ func worker(seed uint64) node.ContainerConfig {
 
 const (
 	// never merges nothing, so that containers can fill their memory.
-	never = "startDelays: []\ninterval: 1000h\nlogFormat: json\n"
+	never = "startDelays: []\ninterval: 1000h\n" + always
 	// once merges what runs, and each container that starts, one time.
-	once = "startDelays: [0s]\ninterval: 1000h\nlogFormat: json\n"
+	once = "startDelays: [0s]\ninterval: 1000h\n" + always
 	// often merges a container again and again.
-	often = "startDelays: [0s, 1s]\ninterval: 1s\nlogFormat: json\n"
+	often = "startDelays: [0s, 1s]\ninterval: 1s\n" + always
+	// always merges as fast as it can be done, and at no other times, however short
+	// of memory the VM is.
+	always = "budget: 200%\npartitionBudget: 100%\npressure: off\nlogFormat: json\n"
 )
 
 // replace stops a plugin and starts another one, which takes over.

@@ -1,9 +1,11 @@
 package e2e_test
 
 import (
+	"fmt"
 	"io"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -12,6 +14,7 @@ import (
 	"github.com/selective-ksm/selective-ksm/test/e2e/node"
 	"github.com/selective-ksm/selective-ksm/test/e2e/partition"
 	"github.com/selective-ksm/selective-ksm/test/e2e/plugin"
+	"github.com/selective-ksm/selective-ksm/test/missing"
 )
 
 // ownDir is the plugin's directory, and wrapper what it mounts into containers.
@@ -73,12 +76,40 @@ func onOptIn(t *testing.T, action string) (path string) {
 	return path
 }
 
+// wrapped merges again and again, and opts containers in by the wrapper, on any
+// kernel.
+const wrapped = "optIn: wrapper\n" + often
+
+// A kernel that makes memory mergeable from outside leaves a container as it is, and
+// does not ask it: one is merged that would be killed for opting in.
+func TestNothingOfContainerChanged(t *testing.T) {
+	n := sharedNode(t)
+	if !partition.Binds() {
+		missing.Skip(t, "this kernel does not make memory mergeable from outside")
+	}
+	p := startPlugin(t, n, often)
+	shop := run(t, n, nil, "shop", web(1),
+		node.ContainerConfig{Name: "mined", MiB: dataMiB, Seed: 1, SeccompProfile: onOptIn(t, "SCMP_ACT_KILL_PROCESS")})
+	for _, c := range shop.containers {
+		mounts, err := os.ReadFile(fmt.Sprintf("/proc/%d/mountinfo", c.PID))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if strings.Contains(string(mounts), "selective-ksm") {
+			t.Errorf("%s has a mount of ours:\n%s", c.Name, mounts)
+		}
+	}
+	merged(t, p, shop.ready(), shop.containers...)
+	wantMerged(t, shop.containers[0], shop.containers[1])
+	unchanged(t, shop.containers...)
+}
+
 // A container whose memory cannot be merged runs all the same: one that is
 // refused the opt-in, and one that would be killed for it. The runtime's own
 // seccomp profile does neither.
 func TestOptInRefused(t *testing.T) {
 	n := sharedNode(t)
-	p := startPlugin(t, n, often)
+	p := startPlugin(t, n, wrapped)
 	shop := run(t, n, nil, "shop",
 		node.ContainerConfig{Name: "web", MiB: dataMiB, Seed: 1, SeccompProfile: node.RuntimeDefault},
 		node.ContainerConfig{Name: "worker", MiB: dataMiB, Seed: 1, SeccompProfile: node.RuntimeDefault},
@@ -95,7 +126,7 @@ func TestProgramRemoved(t *testing.T) {
 	n := sharedNode(t)
 	gone := filepath.Join(t.TempDir(), "selective-ksm")
 	copyFile(t, gone, program)
-	p, err := plugin.Start(deadline(t), gone, configFile(t, often), n.NRISocket())
+	p, err := plugin.Start(deadline(t), gone, configFile(t, wrapped), n.NRISocket())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -131,7 +162,7 @@ func copyFile(t *testing.T, to, from string) {
 // With the wrapper taken away, containers run without it.
 func TestWrapperRemoved(t *testing.T) {
 	n := sharedNode(t)
-	p := startPlugin(t, n, often)
+	p := startPlugin(t, n, wrapped)
 	bare := node.ContainerConfig{Name: "bare", MiB: dataMiB, Seed: 1}
 	shop := run(t, n, nil, "shop", web(1), worker(1))
 	if err := os.Remove(wrapper); err != nil {
@@ -160,7 +191,7 @@ func TestWrapperOnNoexec(t *testing.T) {
 			t.Error(err)
 		}
 	})
-	p := startPlugin(t, n, often)
+	p := startPlugin(t, n, wrapped)
 	shop := run(t, n, nil, "shop", web(1), worker(1))
 	merged(t, p, shop.ready(), shop.containers...)
 	wantMerged(t, shop.containers[0], shop.containers[1])
@@ -171,7 +202,7 @@ func TestWrapperOnNoexec(t *testing.T) {
 // is not ours, runs on.
 func TestMergeRefused(t *testing.T) {
 	n := sharedNode(t)
-	p := startPlugin(t, n, never)
+	p := startPlugin(t, n, "optIn: wrapper\n"+never)
 	shop := run(t, n, nil, "shop", web(1), worker(1), node.ContainerConfig{Name: "taken", MiB: dataMiB, Seed: 1})
 	others, taken := shop.containers[:2], shop.containers[2]
 	const elsewhere = "selective-ksm-test"
@@ -186,7 +217,7 @@ func TestMergeRefused(t *testing.T) {
 	if err := partition.Merge(elsewhere, taken.PID, taken.Hello.Start, taken.Hello.End); err != nil {
 		t.Fatal(err)
 	}
-	p = replace(t, n, p, often)
+	p = replace(t, n, p, wrapped)
 	toldOnce(t, p, taken, others...)
 	wantMerged(t, others[0], others[1])
 	if err := shop.Remove(deadline(t)); err != nil {

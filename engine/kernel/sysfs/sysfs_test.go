@@ -1,7 +1,6 @@
 package sysfs
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -32,7 +31,7 @@ func tree(t *testing.T, files map[string]string) string {
 	return root
 }
 
-const features = "range_merge unmerge_range partition_counters add_process\n"
+const features = "range_merge unmerge_range partition_counters add_process syscalls=467,468\n"
 
 func TestOpen(t *testing.T) {
 	empty := tree(t, nil)
@@ -40,40 +39,41 @@ func TestOpen(t *testing.T) {
 	literal := tree(t, map[string]string{"control/add_partition": ""})
 	lesser := tree(t, map[string]string{"control/add_partition": "", "control/features": "range_merge\n"})
 	notDir := tree(t, map[string]string{"control": ""})
+	unreadable := tree(t, map[string]string{"control/add_partition": "", "control/features/x": ""})
 
 	for name, tc := range map[string]struct {
 		roots       []string
 		want        string
+		features    kernel.Features
 		err         string
 		unsupported bool
 	}{
-		"first":  {roots: []string{ours, empty}, want: ours},
-		"second": {roots: []string{empty, ours}, want: ours},
+		"first":  {roots: []string{ours, empty}, want: ours, features: kernel.Features{Bind: true}},
+		"second": {roots: []string{empty, ours}, want: ours, features: kernel.Features{Bind: true}},
 		"none": {
 			roots: []string{empty, literal + "/ksm"}, unsupported: true,
 			err: "selective KSM is not supported by this kernel: no interface in " + empty + "/control/add_partition or " +
 				literal + "/ksm/control/add_partition: boot a kernel built with CONFIG_SELECTIVE_KSM=y",
 		},
 		"literal RFC": {
-			roots: []string{literal}, unsupported: true,
-			err: "selective KSM is not supported by this kernel: no list of features in " + literal +
-				"/control/features: boot a kernel with this project's series",
+			roots: []string{literal}, want: literal,
+			features: kernel.Features{PageByPage: true, SharedCounters: true, WideRemoval: true},
 		},
-		"feature missing": {
-			roots: []string{lesser}, unsupported: true,
-			err: "selective KSM is not supported by this kernel: no feature partition_counters in " + lesser +
-				"/control/features: boot a kernel with this project's series",
-		},
+		"features missing": {roots: []string{lesser}, want: lesser, features: kernel.Features{SharedCounters: true}},
 		"could not tell": {
 			roots: []string{notDir},
 			err:   "looking for selective KSM: stat " + notDir + "/control/add_partition: not a directory",
+		},
+		"could not tell the features": {
+			roots: []string{unreadable},
+			err:   "looking for features of selective KSM: read " + unreadable + "/control/features: is a directory",
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			f, err := open(tc.roots)
 			if tc.err == "" {
-				if err != nil || f.Root() != tc.want {
-					t.Fatalf("opened %v, %v; want %s", f, err, tc.want)
+				if err != nil || f.Root() != tc.want || f.Features() != tc.features {
+					t.Fatalf("opened %+v, %v; want %s with %+v", f, err, tc.want, tc.features)
 				}
 				return
 			}
@@ -84,6 +84,22 @@ func TestOpen(t *testing.T) {
 				t.Errorf("matches ErrNotSupported: %v", !tc.unsupported)
 			}
 		})
+	}
+}
+
+func TestSyscalls(t *testing.T) {
+	for words, want := range map[string][2]uintptr{
+		"range_merge syscalls=467,468": {467, 468},
+		"range_merge":                  {},
+		"syscalls=":                    {},
+		"syscalls=467":                 {},
+		"syscalls=-1,468":              {},
+	} {
+		f := &FS{words: strings.Fields(words)}
+		o, m, ok := f.Syscalls()
+		if ok != (want[0] != 0) || ok && (o != want[0] || m != want[1]) {
+			t.Errorf("%q: got %d, %d, %v", words, o, m, ok)
+		}
 	}
 }
 
@@ -117,13 +133,16 @@ func TestCounters(t *testing.T) {
 func TestCommands(t *testing.T) {
 	f := &FS{root: tree(t, map[string]string{
 		"control/add_partition": "", "control/remove_partition": "", "p/trigger_merge": "", "p/trigger_unmerge": "",
-	})}
+		"p/add_process": "", "p/remove_process": "",
+	}), words: strings.Fields(features)}
 	for _, tc := range []struct {
 		do         func() error
 		file, want string
 	}{
 		{func() error { return f.AddPartition("sksm") }, "control/add_partition", "sksm\n"},
 		{func() error { return f.RemovePartition("sksm") }, "control/remove_partition", "sksm\n"},
+		{func() error { return f.Bind("p", 42) }, "p/add_process", "42\n"},
+		{func() error { return f.Unbind("p", 42) }, "p/remove_process", "42\n"},
 		{func() error { return f.Unmerge(t.Context(), "p", 42) }, "p/trigger_unmerge", "42\n"},
 		{func() error {
 			return f.Merge(t.Context(), "p", 42, kernel.Range{Start: 0x7f0000001000, End: 0x7f0000002000})
@@ -141,8 +160,8 @@ func TestCommands(t *testing.T) {
 }
 
 // A pipe in the place of trigger_merge keeps the writes apart.
-func TestMergeGoesByChunks(t *testing.T) {
-	f := &FS{root: tree(t, map[string]string{"p/pages_shared": ""})}
+func TestMergePageByPage(t *testing.T) {
+	f := &FS{root: tree(t, map[string]string{"p/pages_shared": ""}), literal: true}
 	pipe := filepath.Join(f.root, "p/trigger_merge")
 	if err := unix.Mkfifo(pipe, 0o600); err != nil {
 		t.Fatal(err)
@@ -155,7 +174,7 @@ func TestMergeGoesByChunks(t *testing.T) {
 	defer reader.Close()
 
 	const start = 0x10000000
-	if err := f.Merge(t.Context(), "p", 7, kernel.Range{Start: start, End: start + 2*chunk + 4096}); err != nil {
+	if err := f.Merge(t.Context(), "p", 7, kernel.Range{Start: start, End: start + 0x2000}); err != nil {
 		t.Fatal(err)
 	}
 	buf := make([]byte, 4096)
@@ -163,18 +182,19 @@ func TestMergeGoesByChunks(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := fmt.Sprintf("7 %x %x\n7 %x %x\n7 %x %x\n", start, start+chunk, start+chunk, start+2*chunk, start+2*chunk, start+2*chunk+4096)
-	if string(buf[:n]) != want {
+	if want := "7 10000000 10001000\n7 10001000 10002000\n"; string(buf[:n]) != want {
 		t.Errorf("wrote\n%swant\n%s", buf[:n], want)
 	}
+}
 
-	ctx, cancel := context.WithCancel(t.Context())
-	cancel()
-	if err := f.Merge(ctx, "p", 7, kernel.Range{Start: start, End: start + 1}); !errors.Is(err, context.Canceled) {
-		t.Errorf("cancelled: %v", err)
+// The RFC makes a second partition of the same name.
+func TestAddTwiceOnLiteralRFC(t *testing.T) {
+	f := &FS{root: tree(t, map[string]string{"control/add_partition": "", "p/trigger_merge": ""}), literal: true}
+	if err := f.AddPartition("p"); !errors.Is(err, kernel.ErrPartitionExists) {
+		t.Errorf("got %v", err)
 	}
-	if err := f.Unmerge(ctx, "p", 7); !errors.Is(err, context.Canceled) {
-		t.Errorf("cancelled: %v", err)
+	if got, _ := os.ReadFile(filepath.Join(f.root, "control/add_partition")); len(got) != 0 {
+		t.Errorf("wrote %q", got)
 	}
 }
 
@@ -190,18 +210,22 @@ func TestErrors(t *testing.T) {
 	if err := f.AddPartition("p"); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("add without its file: %v", err)
 	}
-	for errno, want := range map[unix.Errno]error{
-		unix.ESRCH: kernel.ErrNoProcess, unix.EBUSY: kernel.ErrBusy, unix.ENODEV: kernel.ErrNoPartition, unix.EINVAL: kernel.ErrNoProcess, unix.EINTR: unix.EINTR,
+	// Neither is a partition that lacks a file one that is gone.
+	f = &FS{root: tree(t, map[string]string{"p/trigger_merge": ""}), words: []string{addProcess}}
+	_, counters := f.Counters("p")
+	for what, err := range map[string]error{
+		"unmerge": f.Unmerge(t.Context(), "p", 1), "bind": f.Bind("p", 1), "unbind": f.Unbind("p", 1),
+		"counters": counters, "remove": f.RemovePartition("p"),
 	} {
-		if err := processError(&os.PathError{Err: errno}); !errors.Is(err, want) {
-			t.Errorf("%v became %v", errno, err)
+		if !errors.Is(err, os.ErrNotExist) || errors.Is(err, kernel.ErrNoPartition) {
+			t.Errorf("%s without its file: %v", what, err)
 		}
 	}
 }
 
 func TestNames(t *testing.T) {
 	f := &FS{root: tree(t, map[string]string{"control/add_partition": "", "control/remove_partition": ""})}
-	for _, name := range []string{"", ".", "..", "control", "a/b", "../a", "a b", "a\n", "a\x00", strings.Repeat("a", 32)} {
+	for _, name := range []string{"", ".", "..", "control", "a/b", "../a", "a b", "a\n", "a\x00", ".a", strings.Repeat("a", 32)} {
 		for what, err := range map[string]error{
 			"add": f.AddPartition(name), "remove": f.RemovePartition(name),
 			"merge":   f.Merge(t.Context(), name, 1, kernel.Range{End: 1}),

@@ -31,6 +31,12 @@ func Supported() bool {
 	return err == nil
 }
 
+// Binds tells whether the running kernel makes processes mergeable from outside.
+func Binds() bool {
+	features, err := os.ReadFile(filepath.Join(root, "control/features"))
+	return err == nil && slices.Contains(strings.Fields(string(features)), "add_process")
+}
+
 // List returns the names of all partitions, in order.
 func List() ([]string, error) {
 	entries, err := os.ReadDir(root)

@@ -1,0 +1,91 @@
+package main
+
+import (
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+
+	"github.com/selective-ksm/selective-ksm/engine"
+	"github.com/selective-ksm/selective-ksm/engine/cgroup"
+	"github.com/selective-ksm/selective-ksm/engine/kernel/detect"
+	"github.com/selective-ksm/selective-ksm/engine/memory"
+	"github.com/selective-ksm/selective-ksm/engine/pressure"
+	"github.com/selective-ksm/selective-ksm/engine/process"
+)
+
+// runDoctor says what this machine has of what is needed, a line each. The error is
+// that the engine could not run here.
+func runDoctor(args []string) error {
+	var path string
+	flags := flag.NewFlagSet("doctor", flag.ContinueOnError)
+	flags.SetOutput(io.Discard)
+	flags.StringVar(&path, "config", "", "")
+	if err := flags.Parse(args); errors.Is(err, flag.ErrHelp) {
+		return err
+	} else if err != nil || flags.NArg() > 0 {
+		return fmt.Errorf("doctor: takes -config FILE, or nothing: %w", errUsage)
+	}
+	cfg, err := load(path)
+	if err != nil {
+		return err
+	}
+
+	for _, f := range detect.Probe(lookFor(cfg)) {
+		fmt.Printf("interface %s\n", f)
+	}
+	k, detail, failed := detect.Open(lookFor(cfg))
+	if failed == nil {
+		fmt.Printf("in use: %s\n", detail)
+		if k.Features().OneSpace {
+			reportMergeable()
+		}
+		failed = k.Close()
+	}
+	if os.Geteuid() != 0 {
+		failed = errors.Join(failed, errors.New("not root: the kernel lets only root merge the memory of others"))
+	}
+	say("cgroups below "+cgroup.DefaultRoot, exists(cgroup.DefaultRoot))
+	say("pressure stall information", exists(pressure.Node))
+	tells, err := memory.TellsDirty()
+	if err == nil && !tells {
+		err = errors.New("not there: incremental: softDirty offers nothing new, use faults")
+	}
+	say("soft-dirty bits", err)
+	lock, err := engine.Lock(engine.RunDir)
+	if err == nil {
+		err = lock.Close()
+	}
+	say("free for an engine", err)
+	return failed
+}
+
+// reportMergeable says who shares the merge space.
+func reportMergeable() {
+	all, err := process.All()
+	var found []int
+	for _, pid := range all {
+		if mergeable, err := memory.Mergeable(pid); err == nil && mergeable {
+			found = append(found, pid)
+		}
+	}
+	if err == nil && len(found) > 0 {
+		err = fmt.Errorf("processes %d share it", found)
+	}
+	say("merge space is nobody else's", err)
+}
+
+func exists(path string) error {
+	_, err := os.Stat(path)
+	return err
+}
+
+// say says whether something is so.
+func say(what string, err error) {
+	if err != nil {
+		fmt.Printf("%s: no: %v\n", what, err)
+		return
+	}
+	fmt.Printf("%s: yes\n", what)
+}

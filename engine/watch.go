@@ -1,0 +1,159 @@
+package engine
+
+import (
+	"context"
+	"errors"
+	"io/fs"
+	"slices"
+	"time"
+)
+
+const (
+	// swept is how often containers that were never started are looked at.
+	swept = 5 * time.Second
+	// unborn is how long a container may be created that has no cgroup yet.
+	unborn = 10 * time.Minute
+	// relief is the least time between two times that merges are brought forward.
+	relief = 30 * time.Second
+	// watchAgain is the pause after a watch has failed.
+	watchAgain = 10 * time.Second
+)
+
+// watch starts to watch a container that runs, if the engine does. e.mu is held.
+func (e *Engine) watch(m *member) {
+	ctx := e.ctx
+	if ctx == nil {
+		return
+	}
+	pod := e.settings.Pressure == PressurePod
+	e.workers.Go(func() {
+		ctx, cancel := context.WithCancel(ctx)
+		defer cancel()
+		defer context.AfterFunc(m.ctx, cancel)()
+		if pod {
+			e.workers.Go(func() { e.watchPod(ctx, m) })
+		}
+		e.watchMember(ctx, m)
+	})
+}
+
+// watchMember takes a container out when it has no process any more: the runtime does
+// not tell when a shim is killed, for one.
+func (e *Engine) watchMember(ctx context.Context, m *member) {
+	for {
+		err := e.host.waitEmpty(ctx, m.CgroupsPath)
+		if ctx.Err() != nil {
+			return
+		}
+		if err == nil {
+			e.gone(m)
+			return
+		}
+		e.mu.Lock()
+		m.reason = "its processes cannot be watched: " + err.Error()
+		e.mu.Unlock()
+		m.log.WithError(err).Debug("processes of the container cannot be watched: trying again")
+		select {
+		case <-time.After(watchAgain):
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// gone takes out a container that is seen to have ended.
+func (e *Engine) gone(m *member) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.members[m.ID] == m {
+		m.log.Debug("container is gone")
+		e.stop(m.ID)
+	}
+}
+
+// sweep looks at containers that were created and not started: those whose cgroup has
+// come and gone will not be.
+func (e *Engine) sweep(ctx context.Context) {
+	tick := time.NewTicker(swept)
+	defer tick.Stop()
+	for {
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return
+		}
+		e.mu.Lock()
+		var waiting []*member
+		for _, m := range e.members {
+			if m.started.IsZero() {
+				waiting = append(waiting, m)
+			}
+		}
+		e.mu.Unlock()
+		for _, m := range waiting {
+			err := e.host.exists(m.CgroupsPath)
+			switch {
+			case err == nil:
+				m.cgroup = true
+			case errors.Is(err, fs.ErrNotExist) && (m.cgroup || time.Since(m.added) > unborn):
+				e.gone(m)
+			}
+		}
+	}
+}
+
+// watchNode brings merges forward when the machine is short of memory.
+func (e *Engine) watchNode(ctx context.Context) {
+	err := e.host.pressed(ctx, "", func() {
+		if e.config().Pressure == PressureNode {
+			e.relieve()
+		}
+	})
+	if ctx.Err() == nil && e.config().Pressure == PressureNode {
+		e.log.WithError(err).Warn("merges do not come forward when memory is short")
+	}
+}
+
+// watchPod does that when a container's pod is.
+func (e *Engine) watchPod(ctx context.Context, m *member) {
+	err := e.host.pressed(ctx, m.CgroupsPath, func() {
+		e.mu.Lock()
+		defer e.mu.Unlock()
+		if p := m.partition; time.Since(p.relieved) >= relief {
+			p.relieved = time.Now()
+			p.bringForward()
+		}
+	})
+	if ctx.Err() == nil && !errors.Is(err, fs.ErrNotExist) {
+		m.log.WithError(err).Warn("merges do not come forward when the pod's memory is short")
+	}
+}
+
+// relieve brings those partitions forward that are likely to save most, as many as
+// can be merged at a time.
+func (e *Engine) relieve() {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if time.Since(e.relieved) < relief {
+		return
+	}
+	e.relieved = time.Now()
+	var best []*partition
+	for _, p := range e.partitions {
+		if p.expected > 0 {
+			best = append(best, p)
+		}
+	}
+	slices.SortFunc(best, func(a, b *partition) int {
+		switch {
+		case a.expected > b.expected:
+			return -1
+		case a.expected < b.expected:
+			return 1
+		}
+		return 0
+	})
+	for _, p := range best[:min(len(best), e.settings.Budget.Workers)] {
+		p.bringForward()
+	}
+}
