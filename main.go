@@ -283,6 +283,9 @@ func runStatus(args []string) error {
 	return out.Encode(all)
 }
 
+// millis is RFC 3339 to the millisecond: merges are often shorter than a second.
+const millis = "2006-01-02T15:04:05.000Z07:00"
+
 // setLog makes the log as it is configured, or leaves it as it was.
 func setLog(log *logrus.Logger, c config.Config) error {
 	if c.LogFile != "" {
@@ -298,7 +301,7 @@ func setLog(log *logrus.Logger, c config.Config) error {
 		log.SetLevel(level)
 	}
 	if c.LogFormat == config.LogJSON {
-		log.SetFormatter(&logrus.JSONFormatter{})
+		log.SetFormatter(&logrus.JSONFormatter{TimestampFormat: millis})
 	} else {
 		log.SetFormatter(&logrus.TextFormatter{FullTimestamp: true})
 	}

@@ -21,57 +21,44 @@ const Node = "/proc/pressure/memory"
 // byte of a write for its end, whatever it is.
 const trigger = "some 200000 2000000\x00"
 
-// Watch calls scarce each time that memory becomes scarce, at most once in two
-// seconds, until ctx ends, whose error it returns then. Other errors are that the
-// kernel has no such file or refuses it: it matches [os.ErrNotExist] on a kernel
-// without pressure stall information, and when the cgroup is gone.
+// looked is how often the kernel is asked. It keeps what happened in between, for the
+// one that asks first: so Go's poller, which does not know priority events, must not
+// have the file.
+const looked = 2 * time.Second
+
+// Watch calls scarce each time that memory has become scarce, at most once in two
+// seconds and up to two seconds late, until ctx ends, whose error it returns then.
+// Other errors are that the kernel has no such file or refuses it: it matches
+// [os.ErrNotExist] on a kernel without pressure stall information, and when the cgroup
+// is gone.
 func Watch(ctx context.Context, path string, scarce func()) error {
-	file, err := os.OpenFile(path, os.O_RDWR, 0)
+	fd, err := unix.Open(path, unix.O_RDWR|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
 	if err != nil {
-		return err
+		return &os.PathError{Op: "open", Path: path, Err: err}
 	}
-	defer file.Close()
-	if _, err := file.WriteString(trigger); err != nil {
-		return fmt.Errorf("watching memory pressure: %w", err)
+	defer unix.Close(fd)
+	if _, err := unix.Write(fd, []byte(trigger)); err != nil {
+		return fmt.Errorf("watching memory pressure: %w", &os.PathError{Op: "write", Path: path, Err: err})
 	}
-	// Go's poller does not wait for priority events, but for an epoll that does.
-	epoll, err := unix.EpollCreate1(unix.EPOLL_CLOEXEC)
-	if err != nil {
-		return fmt.Errorf("watching memory pressure: %w", err)
-	}
-	if err := unix.SetNonblock(epoll, true); err != nil {
-		unix.Close(epoll)
-		return fmt.Errorf("watching memory pressure: %w", err)
-	}
-	events := os.NewFile(uintptr(epoll), "epoll")
-	defer events.Close()
-	fd := int(file.Fd())
-	if err := unix.EpollCtl(epoll, unix.EPOLL_CTL_ADD, fd, &unix.EpollEvent{Events: unix.EPOLLPRI, Fd: int32(fd)}); err != nil {
-		return fmt.Errorf("watching memory pressure: %w", err)
-	}
-	conn, err := events.SyscallConn()
-	if err != nil {
-		return fmt.Errorf("watching memory pressure: %w", err)
-	}
-	defer context.AfterFunc(ctx, func() { events.SetReadDeadline(time.Unix(1, 0)) })()
+	look := time.NewTicker(looked)
+	defer look.Stop()
 	for {
-		var (
-			event [1]unix.EpollEvent
-			n     int
-			fail  error
-		)
-		err := conn.Read(func(fd uintptr) bool {
-			n, fail = unix.EpollWait(int(fd), event[:], 0)
-			return n > 0 || fail != nil && !errors.Is(fail, unix.EINTR)
-		})
-		switch {
-		case ctx.Err() != nil:
+		select {
+		case <-look.C:
+		case <-ctx.Done():
 			return ctx.Err()
-		case errors.Join(err, fail) != nil:
-			return fmt.Errorf("watching memory pressure: %w", errors.Join(err, fail))
-		case event[0].Events&unix.EPOLLERR != 0:
-			return &os.PathError{Op: "poll", Path: path, Err: os.ErrNotExist}
 		}
-		scarce()
+		poll := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLPRI}}
+		_, err := unix.Poll(poll, 0)
+		switch {
+		case errors.Is(err, unix.EINTR):
+			// What it would have told it tells the next time.
+		case err != nil:
+			return fmt.Errorf("watching memory pressure: %w", err)
+		case poll[0].Revents&unix.POLLERR != 0:
+			return &os.PathError{Op: "poll", Path: path, Err: os.ErrNotExist}
+		case poll[0].Revents&unix.POLLPRI != 0:
+			scarce()
+		}
 	}
 }

@@ -170,8 +170,7 @@ func (p *Process) merge(since time.Time, containerIDs []string) []Line {
 		if one[l.ContainerID] = l; len(one) < len(containerIDs) {
 			continue
 		}
-		// The log's time is of whole seconds, rounded down: at worst a merge
-		// that began in time does not count.
+		// Rounded down to milliseconds: what began in that of since does not count.
 		began := l.Time
 		var lines []Line
 		for _, id := range containerIDs {
