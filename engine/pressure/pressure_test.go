@@ -83,7 +83,7 @@ func TestScarce(t *testing.T) {
 			}
 		})
 	}()
-	hog := exec.CommandContext(ctx, "sh", "-c", fmt.Sprintf(`echo $$ >%s/cgroup.procs; exec tail -c 64M /dev/zero`, dir))
+	hog := exec.CommandContext(ctx, "sh", "-c", fmt.Sprintf(`echo $$ >%s/cgroup.procs; exec dd if=/dev/zero of=/dev/null bs=64M`, dir))
 	if err := hog.Start(); err != nil {
 		t.Fatal(err)
 	}
