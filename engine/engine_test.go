@@ -37,7 +37,12 @@ type machine struct {
 	// again are pids of processes that exited and whose number another of the same
 	// container has now.
 	again map[int]bool
-	open  int // handles
+	// left are pids of processes that are in no container's cgroup any more, though
+	// they are listed.
+	left map[int]bool
+	open int // handles
+	// ranges are what each process offers.
+	ranges []kernel.Range
 
 	features kernel.Features
 	// quiet are processes that do nothing; others have faults all the time.
@@ -60,7 +65,8 @@ func newMachine() *machine {
 	return &machine{
 		partitions: map[string]bool{}, containers: map[string][]int{},
 		dead: map[int]bool{}, foreign: map[int]bool{}, optedOut: map[int]bool{},
-		quiet: map[int]bool{}, bound: map[int]string{}, ended: make(chan struct{}), scarce: map[string]func(){},
+		ranges: []kernel.Range{{Start: 0x1000, End: 0x5000}},
+		quiet:  map[int]bool{}, bound: map[int]string{}, ended: make(chan struct{}), scarce: map[string]func(){},
 	}
 }
 
@@ -259,7 +265,7 @@ func (h fakeHost) member(path string, pid int) (bool, error) {
 	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	return slices.Contains(h.containers[path], pid) && (!h.dead[pid] || h.again[pid]), nil
+	return slices.Contains(h.containers[path], pid) && (!h.exited(pid) || h.again[pid]) && !h.left[pid], nil
 }
 
 func (h fakeHost) exists(path string) error {
@@ -326,9 +332,7 @@ func (h fakeHost) find(pid int, o memory.Options) (memory.Offer, error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.options = append(h.options, o)
-	return memory.Offer{
-		Ranges: []kernel.Range{{Start: 0x1000, End: 0x5000}}, Bytes: 0x4000, Zero: 0x1000, Mergeable: !h.optedOut[pid],
-	}, nil
+	return memory.Offer{Ranges: h.ranges, Bytes: 0x4000, Zero: 0x1000, Mergeable: !h.optedOut[pid]}, nil
 }
 
 func (h fakeHost) activity(pid int) (memory.Activity, error) {
@@ -372,14 +376,17 @@ type fakeHandle struct {
 
 func (h *fakeHandle) Pid() int { return h.pid }
 
-// Alive is true until the process is marked as dead and was merged.
 func (h *fakeHandle) Alive() bool {
 	h.m.mu.Lock()
 	defer h.m.mu.Unlock()
-	merged := slices.ContainsFunc(h.m.calls, func(c string) bool {
-		return strings.HasPrefix(c, "merge ") && strings.Contains(c, fmt.Sprintf(" %d ", h.pid))
+	return !h.m.exited(h.pid)
+}
+
+// exited is that a process is marked as dead and was merged. m.mu is held.
+func (m *machine) exited(pid int) bool {
+	return m.dead[pid] && slices.ContainsFunc(m.calls, func(c string) bool {
+		return strings.HasPrefix(c, "merge ") && strings.Contains(c, fmt.Sprintf(" %d ", pid))
 	})
-	return !h.m.dead[h.pid] || !merged
 }
 
 func (h *fakeHandle) Close() {
@@ -776,6 +783,25 @@ func TestNumberIsUsedAgain(t *testing.T) {
 		b.machine.mu.Unlock()
 		time.Sleep(time.Second)
 		b.expect("remove own-1", "add own-1", "merge own-1 12 1000-5000")
+	})
+}
+
+// A process that leaves the container's cgroup is left alone from then on, in the
+// middle of its memory.
+func TestProcessLeavesItsCgroup(t *testing.T) {
+	with(t, func(b *bench) {
+		b.add(b.container("a", "own-1", 11))
+		b.set(func(m *machine) { m.ranges = []kernel.Range{{Start: 0, End: 2 * chunk}} })
+		b.failWith(func(call string) error {
+			if strings.HasPrefix(call, "merge") {
+				b.set(func(m *machine) { m.left = map[int]bool{11: true} })
+			}
+			return nil
+		})
+		b.Start("a")
+		time.Sleep(time.Second)
+		b.expect("add own-1", "merge own-1 11 0-1000000")
+		b.expectLog()
 	})
 }
 

@@ -278,14 +278,17 @@ func (s *pass) keep(pid int, l look) {
 	s.zero += l.zero
 }
 
-// errExited says that a process has exited. It matches [kernel.ErrNoProcess].
+// errExited says that a process has exited, or left its cgroup. It matches
+// [kernel.ErrNoProcess].
 var errExited = fmt.Errorf("it exited: %w", kernel.ErrNoProcess)
 
 // ask asks the kernel for something about a process, by its number, which is the
 // process's as long as it is alive. In a turn of the budget.
 func (s *pass) ask(ctx context.Context, proc handle, call func() error) error {
 	return s.partition.engine.budget.Do(ctx, s.partition.name, func() (time.Duration, error) {
-		if !proc.Alive() {
+		if member, err := s.partition.engine.host.member(s.member.CgroupsPath, proc.Pid()); err != nil {
+			return 0, err
+		} else if !member || !proc.Alive() {
 			return 0, errExited
 		}
 		err := call()

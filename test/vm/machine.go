@@ -273,7 +273,9 @@ func qemuArgs(cfg Config, accel accelerator, task guest.Task) []string {
 		"-nodefaults", "-no-user-config", "-display", "none",
 		// The kernel reboots when it panics, which then ends QEMU.
 		"-no-reboot",
-		"-M", "pc,usb=off,vmport=off",
+		// Without mem-merge=off, a merge by the host's ksmd would take the guest's
+		// memory in, and last for all of it.
+		"-M", "pc,usb=off,vmport=off,mem-merge=off",
 		"-smp", strconv.Itoa(cfg.CPUs), "-m", cfg.Memory,
 		"-kernel", cfg.Kernel,
 		"-initrd", fmt.Sprintf("/proc/self/fd/%d", initramfsFD),
