@@ -382,7 +382,7 @@ func (p *partition) releaseOne(ctx context.Context, m *member) error {
 }
 
 // plan says when the next merge is, by what this one came to, and logs that for each
-// member that took part. What the partition saves is divided among those by what they
+// member that took part, if it has changed. What the partition saves is divided among those by what they
 // have merged in it, and each page that several share is one member's only in part.
 func (p *partition) plan(passes []*pass) {
 	e := p.engine
@@ -439,7 +439,11 @@ func (p *partition) plan(passes []*pass) {
 
 	for i, s := range passes {
 		r := results[i]
-		if r.Processes == 0 {
+		switch {
+		case s.unchanged:
+			s.member.log.Debug("unchanged")
+			continue
+		case r.Processes == 0:
 			continue
 		}
 		fields := logrus.Fields{

