@@ -1,5 +1,5 @@
 # make demo          the main job, on real containers in a VM
-# make test          everything but test-kernel
+# make test          everything
 # make check         format, vet, lint and unit tests: less than a minute
 # make test-kernel   the kernel series in all its shapes, and under stress
 # make stress        STRESS=10m of all that may go wrong, on a kernel that checks itself
@@ -45,7 +45,7 @@ demo: packages kernel tools build/bin/selective-ksm build/bin/workload build/bin
 	@$(VM) -- build/bin/demo
 
 .PHONY: test
-test: check test-vm
+test: check test-vm test-kernel
 
 .PHONY: check
 check: packages build/bin/selective-ksm
@@ -62,7 +62,7 @@ test-vm: packages kernel tools build/bin/selective-ksm build/bin/workload build/
 	go test -count=1 -p 1 -timeout 30m -exec "$(VM) -timeout 25m -env SELECTIVE_KSM_VM=1 --" ./engine/... ./test/kernel ./test/pages ./test/e2e/...
 	$(MAKE) demo
 
-# What takes more kernels than one: not a part of make test yet.
+# What takes more kernels than one.
 .PHONY: test-kernel
 test-kernel: packages kernel-check kernels build/bin/actor build/bin/vm
 	@kernel/deb build/kernel/selective-ksm/config

@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"testing"
@@ -31,7 +32,29 @@ func Main(m *testing.M) {
 		}
 		os.Exit(0)
 	}
-	os.Exit(m.Run())
+	lock, err := lockMachine()
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+	code := m.Run()
+	lock.Close()
+	os.Exit(code)
+}
+
+// lockMachine keeps the tests of other packages waiting: there is one ksmd, and one
+// merge space for it.
+func lockMachine() (*os.File, error) {
+	lock, err := os.OpenFile(filepath.Join(os.TempDir(), "selective-ksm-test.lock"), os.O_CREATE|os.O_RDWR, 0o666)
+	if err != nil {
+		return nil, err
+	}
+	for {
+		err := unix.Flock(int(lock.Fd()), unix.LOCK_EX)
+		if !errors.Is(err, unix.EINTR) {
+			return lock, err
+		}
+	}
 }
 
 // hold holds pages, all different, and the same in all who do. It says where they
