@@ -24,7 +24,7 @@ type Limits struct {
 	// Total and Partition are the shares of one CPU that all partitions together, and
 	// each, may take in any time of length Window: 0.05 is 5 %, and 0 is no limit. A
 	// turn is begun while there is something left, so that the last one may go beyond
-	// by its own length.
+	// by its own length. What it went beyond is taken from the time after it.
 	Total, Partition float64
 	// Window is how long it takes until what was spent is there again.
 	Window time.Duration
@@ -41,7 +41,8 @@ type Budget struct {
 	total      window
 	partitions map[string]*window
 	running    int
-	waiting    []*turn // in the order in which they came
+	waiting    []*turn     // in the order in which they came
+	timer      *time.Timer // grants when time gives the budget back
 }
 
 // turn is one that is waited for.
@@ -88,14 +89,6 @@ func (b *Budget) Forget(partition string) {
 	delete(b.partitions, partition)
 }
 
-// Spent is what was spent in the last window, in total.
-func (b *Budget) Spent() time.Duration {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	b.total.expire(time.Now(), b.limits.Window)
-	return b.total.sum
-}
-
 // wait waits for a turn.
 func (b *Budget) wait(ctx context.Context, partition string) error {
 	if err := ctx.Err(); err != nil {
@@ -104,24 +97,13 @@ func (b *Budget) wait(ctx context.Context, partition string) error {
 	t := &turn{partition: partition, granted: make(chan struct{})}
 	b.mu.Lock()
 	b.waiting = append(b.waiting, t)
+	b.grant()
 	b.mu.Unlock()
-	for {
-		b.mu.Lock()
-		b.grant()
-		left := b.left(partition)
-		b.mu.Unlock()
-		// Others only see to it that turns go on when they end theirs, and not when
-		// time alone gives the budget back.
-		timer := time.NewTimer(left)
-		select {
-		case <-t.granted:
-			timer.Stop()
-			return nil
-		case <-timer.C:
-		case <-ctx.Done():
-			timer.Stop()
-			return b.giveUp(ctx, t)
-		}
+	select {
+	case <-t.granted:
+		return nil
+	case <-ctx.Done():
+		return b.giveUp(ctx, t)
 	}
 }
 
@@ -145,43 +127,46 @@ func (b *Budget) done(partition string, spent time.Duration) {
 	defer b.mu.Unlock()
 	b.running--
 	now := time.Now()
-	b.total.spend(now, spent, b.limits.Window)
-	b.of(partition).spend(now, spent, b.limits.Window)
+	b.total.spend(now, spent, b.limits.Window, b.limits.total())
+	b.of(partition).spend(now, spent, b.limits.Window, b.limits.partition())
 	b.grant()
 }
 
 // grant gives turns to those who waited longest, as long as there is something left
-// for them. b.mu is held.
+// for them, and sees to it that it is called again when there will be. b.mu is held.
 func (b *Budget) grant() {
 	now := time.Now()
-	b.total.expire(now, b.limits.Window)
+	again := time.Duration(math.MaxInt64)
 	b.waiting = slices.DeleteFunc(b.waiting, func(t *turn) bool {
-		if b.running >= max(1, b.limits.Workers) || b.total.sum >= b.limits.total() {
+		if wait := b.left(now, t.partition); wait > 0 {
+			again = min(again, wait)
 			return false
 		}
-		w := b.of(t.partition)
-		if w.expire(now, b.limits.Window); w.sum >= b.limits.partition() {
-			return false
+		if b.running >= max(1, b.limits.Workers) {
+			return false // until another turn ends
 		}
 		b.running++
 		close(t.granted)
 		return true
 	})
+	if b.timer != nil {
+		b.timer.Stop()
+		b.timer = nil
+	}
+	if again < math.MaxInt64 {
+		b.timer = time.AfterFunc(again, func() {
+			b.mu.Lock()
+			defer b.mu.Unlock()
+			b.grant()
+		})
+	}
 }
 
-// idle is how long a turn is waited for that needs no more than another's end.
-const idle = time.Hour
-
-// left is how long it takes until there is something left for a partition. b.mu is
-// held.
-func (b *Budget) left(partition string) time.Duration {
-	now := time.Now()
-	wait := max(b.total.until(now, b.limits.Window, b.limits.total()),
+// left is how long it takes until there is something left for a partition; 0 if
+// there is. b.mu is held.
+func (b *Budget) left(now time.Time, partition string) time.Duration {
+	return max(b.total.until(now, b.limits.Window, b.limits.total()),
 		b.of(partition).until(now, b.limits.Window, b.limits.partition()))
-	if wait <= 0 {
-		return idle
-	}
-	return wait
 }
 
 // of returns a partition's window. b.mu is held.
@@ -198,7 +183,7 @@ func (l Limits) total() time.Duration     { return l.share(l.Total) }
 func (l Limits) partition() time.Duration { return l.share(l.Partition) }
 
 func (l Limits) share(of float64) time.Duration {
-	if of == 0 {
+	if of == 0 || l.Window == 0 {
 		return math.MaxInt64
 	}
 	return time.Duration(of * float64(l.Window))
@@ -206,7 +191,6 @@ func (l Limits) share(of float64) time.Duration {
 
 // window is what was spent in the last time of one length.
 type window struct {
-	sum    time.Duration
 	spends []spend // oldest first
 }
 
@@ -220,9 +204,14 @@ type spend struct {
 // counts as spent at the end.
 const grains = 64
 
-func (w *window) spend(now time.Time, cpu, length time.Duration) {
-	w.expire(now, length)
-	w.sum += cpu
+// end is when a spend counts no longer: after one window, or as many as it takes to
+// come to that much within the limit.
+func (s spend) end(length, limit time.Duration) time.Time {
+	return s.at.Add(max(length, time.Duration(float64(length)*float64(s.cpu)/float64(limit))))
+}
+
+func (w *window) spend(now time.Time, cpu, length, limit time.Duration) {
+	w.spends = slices.DeleteFunc(w.spends, func(s spend) bool { return !now.Before(s.end(length, limit)) })
 	if last := len(w.spends) - 1; last >= 0 && !now.After(w.spends[last].at) {
 		w.spends[last].cpu += cpu
 		return
@@ -230,29 +219,33 @@ func (w *window) spend(now time.Time, cpu, length time.Duration) {
 	w.spends = append(w.spends, spend{at: now.Add(length / grains), cpu: cpu})
 }
 
-// expire forgets what was spent before the window.
-func (w *window) expire(now time.Time, length time.Duration) {
-	n := 0
-	for n < len(w.spends) && now.Sub(w.spends[n].at) >= length {
-		w.sum -= w.spends[n].cpu
-		n++
+// spent is what counts now.
+func (w *window) spent(now time.Time, length, limit time.Duration) (sum time.Duration) {
+	for _, s := range w.spends {
+		if now.Before(s.end(length, limit)) {
+			sum += s.cpu
+		}
 	}
-	w.spends = slices.Delete(w.spends, 0, n)
+	return sum
 }
 
-// until is how long it takes until less than limit is spent in the window.
+// until is how long it takes until less than limit counts.
 func (w *window) until(now time.Time, length, limit time.Duration) time.Duration {
-	w.expire(now, length)
-	sum := w.sum
+	var ends []time.Time
 	for _, s := range w.spends {
-		if sum < limit {
+		ends = append(ends, s.end(length, limit))
+	}
+	slices.SortFunc(ends, time.Time.Compare)
+	at := now
+	for _, end := range ends {
+		if w.spent(at, length, limit) < limit {
 			break
 		}
-		if sum -= s.cpu; sum < limit {
-			return s.at.Add(length).Sub(now)
+		if end.After(at) {
+			at = end
 		}
 	}
-	return 0
+	return at.Sub(now)
 }
 
 // threadCPU is the CPU time of the calling thread (clock_gettime(2)).

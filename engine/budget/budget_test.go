@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"runtime"
 	"slices"
 	"sync"
@@ -101,6 +102,25 @@ func TestShare(t *testing.T) {
 	}
 }
 
+// One that waits for another's turn to end has its own in time, though that turn took
+// the last of the budget and nobody asks for another.
+func TestWaitsForWorkerThenForBudget(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := idleThread(Limits{Total: 0.1, Partition: 0.1, Window: time.Minute, Workers: 1})
+		began := time.Now()
+		var wg sync.WaitGroup
+		wg.Go(func() { do(t, b, "a", 6*time.Second) })
+		synctest.Wait()
+		wg.Go(func() {
+			do(t, b, "b", time.Second)
+			if waited := time.Since(began); waited < time.Minute || waited > 70*time.Second {
+				t.Errorf("b was done after %v", waited)
+			}
+		})
+		wg.Wait()
+	})
+}
+
 // A partition with much to do takes turns with one that has little.
 func TestFair(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -135,12 +155,12 @@ func TestFair(t *testing.T) {
 func TestPartitionsDoNotWaitForEachOther(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := idleThread(Limits{Total: 1, Partition: 0.01, Window: time.Minute, Workers: 1})
-		do(t, b, "a", time.Second) // more than its share
+		do(t, b, "a", time.Second) // as much as its share of 100 s
 		var wg sync.WaitGroup
 		began := time.Now()
 		wg.Go(func() {
 			do(t, b, "a", 0)
-			if waited := time.Since(began); waited < 59*time.Second || waited > 61*time.Second {
+			if waited := time.Since(began); waited < 100*time.Second || waited > 101*time.Second {
 				t.Errorf("a waited for %v", waited)
 			}
 		})
@@ -151,8 +171,8 @@ func TestPartitionsDoNotWaitForEachOther(t *testing.T) {
 		}
 		wg.Wait()
 		b.Forget("a")
-		if len(b.partitions) != 1 || b.Spent() != 0 {
-			t.Errorf("left are %v, %v", b.partitions, b.Spent())
+		if len(b.partitions) != 1 || b.timer != nil {
+			t.Errorf("left are %v, %v", b.partitions, b.timer)
 		}
 	})
 }
@@ -246,7 +266,7 @@ func TestThreadTime(t *testing.T) {
 	})
 	over.Store(true)
 	beside.Wait()
-	if spent := b.Spent(); err != nil || spent < own+5*time.Millisecond || spent > own+15*time.Millisecond {
+	if spent := b.total.spent(time.Now(), time.Hour, math.MaxInt64); err != nil || spent < own+5*time.Millisecond || spent > own+15*time.Millisecond {
 		t.Errorf("%v counted for %v of its own and 5ms elsewhere, %v", spent, own, err)
 	}
 }
