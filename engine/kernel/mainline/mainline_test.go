@@ -52,10 +52,11 @@ func startKsmd(t *testing.T, files map[string]string) *ksmd {
 			}
 			if k.get("run") == "1" {
 				n, _ := strconv.Atoi(k.get("full_scans"))
-				k.set("full_scans", strconv.Itoa(n+1))
+				// Before the scan is seen to be done, as all may be restored then.
 				k.mu.Lock()
 				k.seen = k.files()
 				k.mu.Unlock()
+				k.set("full_scans", strconv.Itoa(n+1))
 			}
 		}
 	})
