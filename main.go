@@ -24,6 +24,7 @@ import (
 	"github.com/selective-ksm/selective-ksm/engine/budget"
 	"github.com/selective-ksm/selective-ksm/engine/control"
 	"github.com/selective-ksm/selective-ksm/engine/kernel/detect"
+	"github.com/selective-ksm/selective-ksm/engine/kernel/mainline"
 	kernelsyscall "github.com/selective-ksm/selective-ksm/engine/kernel/syscall"
 	"github.com/selective-ksm/selective-ksm/engine/optin"
 	"github.com/selective-ksm/selective-ksm/plugin"
@@ -224,7 +225,7 @@ func load(path string) (config.Config, error) {
 
 // lookFor says what to look for in the kernel.
 func lookFor(c config.Config) detect.Options {
-	o := detect.Options{Interface: detect.Interface(c.Interface)}
+	o := detect.Options{Interface: detect.Interface(c.Interface), Mainline: mainline.Options{Dir: engine.RunDir}}
 	if len(c.Syscalls) == 2 {
 		o.Syscalls = &kernelsyscall.Numbers{Open: uintptr(c.Syscalls[0]), Merge: uintptr(c.Syscalls[1])}
 	}

@@ -114,8 +114,11 @@ func (m *machine) AddPartition(name string) error {
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if m.partitions[name] {
+	switch {
+	case m.partitions[name]:
 		return kernel.ErrPartitionExists
+	case m.features.OneSpace && len(m.partitions) > 0:
+		return fmt.Errorf("another has the merge space: %w", kernel.ErrKeptOut)
 	}
 	m.partitions[name] = true
 	return nil

@@ -3,6 +3,7 @@ package engine
 import (
 	"fmt"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -31,6 +32,14 @@ var errnos = []error{
 // faulty are the kernels that faults are tried on.
 var faulty = map[string]kernel.Features{
 	"series": {}, "binding": {Bind: true}, "wide": {WideRemoval: true, SharedCounters: true, PageByPage: true},
+	"mainline": oneSpace,
+}
+
+// believed reports whether an answer is taken for the truth, and would be a lie: that
+// there is no such partition to remove, or, where one has the merge space, that another
+// has it, too.
+func believed(f kernel.Features, call string, err error) bool {
+	return call == "remove" && err == kernel.ErrNoPartition || f.OneSpace && call == "add" && err == kernel.ErrPartitionExists
 }
 
 // Whatever fails, and however: nothing hangs or is left open, partitions of others are
@@ -40,8 +49,8 @@ func TestFaults(t *testing.T) {
 	for features, f := range faulty {
 		for _, call := range calls {
 			for _, err := range errnos {
-				if call == "remove" && err == kernel.ErrNoPartition {
-					continue // a kernel that says that it is done is believed
+				if believed(f, call, err) {
+					continue
 				}
 				t.Run(fmt.Sprintf("%s/%s/%v", features, call, err), func(t *testing.T) {
 					troubled(t, f, func(b *bench, called string) error {
@@ -62,13 +71,17 @@ func TestFaultsNowAndThen(t *testing.T) {
 		t.Run(features, func(t *testing.T) {
 			var mu sync.Mutex
 			n := 0
-			troubled(t, f, func(*bench, string) error {
+			troubled(t, f, func(_ *bench, called string) error {
 				mu.Lock()
 				defer mu.Unlock()
 				if n++; n%3 != 0 {
 					return nil
 				}
-				return errnos[n/3%len(errnos)]
+				call, _, _ := strings.Cut(called, " ")
+				if err := errnos[n/3%len(errnos)]; !believed(f, call, err) {
+					return err
+				}
+				return nil
 			})
 		})
 	}
@@ -95,6 +108,9 @@ func TestDelays(t *testing.T) {
 // Somebody else removes our partitions, before each kind of call.
 func TestPartitionsVanish(t *testing.T) {
 	for features, f := range faulty {
+		if f.OneSpace {
+			continue // who has the merge space is for us alone to say
+		}
 		for _, call := range calls {
 			t.Run(features+"/"+call, func(t *testing.T) {
 				troubled(t, f, func(b *bench, called string) error {
@@ -127,36 +143,63 @@ func troubled(t *testing.T, f kernel.Features, trouble func(b *bench, called str
 			synctest.Wait()
 			made = append(made, b.took()...)
 		}
+		// watched looks at the one merge space of a kernel that has no more, each time that
+		// it is merged.
+		watched := func(trouble func(b *bench, called string) error) func(called string) error {
+			return func(called string) error {
+				if partition, settles := strings.CutPrefix(called, "settle "); settles {
+					b.wantAlone(partition, want)
+				}
+				return trouble(b, called)
+			}
+		}
+		well := func(*bench, string) error { return nil }
 
-		b.failWith(func(called string) error { return trouble(b, called) })
-		for _, c := range all {
-			b.Add(b.Context(), c)
+		b.failWith(watched(trouble))
+		for i, c := range all {
+			// As the plugin does: what is refused is not opted in.
+			if err := b.Add(b.Context(), c); f.OneSpace {
+				b.set(func(m *machine) {
+					if pid := 11 + i; err == nil {
+						m.mergeableAll = append(m.mergeableAll, pid)
+					} else {
+						m.optedOut[pid] = true
+					}
+				})
+			}
 			b.Start(c.ID)
 		}
 		time.Sleep(15 * time.Minute)
 		took()
-		b.failWith(nil)
+		b.failWith(watched(well))
 		if err := b.Reconcile(nil, all); err != nil {
 			t.Error(err)
 		}
 		time.Sleep(30 * time.Minute)
 		synctest.Wait()
 		now := b.took()
+		there := b.partitionsOf(want)
+		if !f.OneSpace && len(there) != 2 {
+			t.Errorf("partitions are %v when all is well again", there)
+		}
 		for pid, partition := range want {
-			if !slices.ContainsFunc(now, func(c string) bool { return strings.HasPrefix(c, "merge "+partition+" "+pid+" ") }) {
-				t.Errorf("process %s is not merged in %s when all is well again", pid, partition)
+			merged := slices.ContainsFunc(now, func(c string) bool { return strings.HasPrefix(c, "merge "+partition+" "+pid+" ") })
+			if should := slices.Contains(there, partition) && b.optedIn(pid); merged != should {
+				t.Errorf("process %s is merged in %s when all is well again: %v, want %v", pid, partition, merged, should)
 			}
+		}
+		if f.OneSpace {
+			b.wantOneSpace(want)
 		}
 		made = append(made, now...)
-		for _, name := range []string{"own-1", "own-2"} {
-			if !b.has(name) {
-				t.Errorf("partition %s is missing", name)
-			}
-		}
 
-		b.failWith(func(called string) error { return trouble(b, called) })
+		b.failWith(watched(trouble))
 		for _, c := range all {
 			b.Stop(c.ID)
+			if f.OneSpace {
+				// What is mergeable stays so until it ends.
+				b.set(func(m *machine) { delete(m.containers, c.CgroupsPath); m.mergeableAll = nil })
+			}
 		}
 		time.Sleep(15 * time.Minute)
 		took()
@@ -186,4 +229,49 @@ func troubled(t *testing.T, f kernel.Features, trouble func(b *bench, called str
 			}
 		}
 	})
+}
+
+// optedIn reports whether a process is mergeable, or may be made so.
+func (b *bench) optedIn(pid string) bool {
+	b.machine.mu.Lock()
+	defer b.machine.mu.Unlock()
+	n, err := strconv.Atoi(pid)
+	return err == nil && !b.optedOut[n]
+}
+
+// partitionsOf are those of processes' partitions that the kernel has.
+func (b *bench) partitionsOf(want map[string]string) []string {
+	var there []string
+	for _, partition := range want {
+		if b.has(partition) {
+			there = append(there, partition)
+		}
+	}
+	slices.Sort(there)
+	return slices.Compact(there)
+}
+
+// wantAlone fails the test if a process of another partition is mergeable.
+func (b *bench) wantAlone(partition string, want map[string]string) {
+	b.machine.mu.Lock()
+	defer b.machine.mu.Unlock()
+	for _, pid := range b.mergeableAll {
+		if of := want[strconv.Itoa(pid)]; of != partition {
+			b.Errorf("ksmd runs for %s while process %d of %s is mergeable", partition, pid, of)
+		}
+	}
+}
+
+// wantOneSpace fails the test unless one partition has the merge space, that of those
+// that are mergeable, and the others say why they have not.
+func (b *bench) wantOneSpace(want map[string]string) {
+	there := b.partitionsOf(want)
+	if len(there) != 1 {
+		b.Fatalf("partitions are %v, want one", there)
+	}
+	for _, p := range b.Status() {
+		if kept := strings.Contains(p.Reason, kernel.ErrKeptOut.Error()); kept != (p.Name != there[0]) {
+			b.Errorf("%s has the merge space, and status is %+v", there[0], p)
+		}
+	}
 }

@@ -171,9 +171,11 @@ func (p *partition) remove(ctx context.Context, leaving []*member) (wait time.Du
 		}
 	}
 	if err == nil {
-		err = p.engine.kernel.RemovePartition(p.name)
+		if err = p.engine.kernel.RemovePartition(p.name); errors.Is(err, kernel.ErrNoPartition) {
+			err = nil
+		}
 	}
-	if err != nil && !errors.Is(err, kernel.ErrNoPartition) {
+	if err != nil {
 		p.putBack(leaving)
 		return p.failed("partition is not removed yet", err), false
 	}

@@ -198,6 +198,25 @@ func (l lines) waitMerged(t *testing.T, holders ...*holder) {
 	}
 }
 
+// mergeAll merges a partition until all is shared that is held. KSM leaves a page that it
+// finds busy, as when memory is compacted, for its next scan, and a kernel that needs
+// Settle tells of none: it is asked again.
+func (l lines) mergeAll(t *testing.T, e *Engine, what string, shared func() int, holders ...*holder) {
+	t.Helper()
+	for range 10 {
+		if err := e.Merge(holders[0].Partition); err != nil {
+			t.Fatal(err)
+		}
+		l.waitMerged(t, holders...)
+		if !e.features.OneSpace || shared() == held {
+			break
+		}
+	}
+	if n := shared(); n != held {
+		t.Errorf("%s: %d pages are shared, want %d", what, n, held)
+	}
+}
+
 // until polls, for what the kernel tells nobody.
 func until(t testing.TB, what string, done func() bool) {
 	t.Helper()
@@ -243,13 +262,7 @@ func TestVMPartitions(t *testing.T) {
 			add(t, e, bs...)
 			log.waitMerged(t, bs...)
 		}
-		if err := e.Merge("sksm-test-a"); err != nil {
-			t.Error(err)
-		}
-		log.waitMerged(t, as...)
-		if n := shared(t, a1, a2); n != held {
-			t.Errorf("a1 and a2 share %d pages, want %d", n, held)
-		}
+		log.mergeAll(t, e, "a1 and a2", func() int { return shared(t, a1, a2) }, a1, a2)
 		apart(t, as, bs)
 		all := slices.Concat(as, bs)
 		for _, h := range all {
@@ -299,7 +312,7 @@ func TestVMRestart(t *testing.T) {
 		e, log, stop := run(t, k)
 		a1, a2 := startHolder(t, k, "a1", "sksm-test-a"), startHolder(t, k, "a2", "sksm-test-a")
 		add(t, e, a1, a2)
-		log.waitMerged(t, a1, a2)
+		log.mergeAll(t, e, "a1 and a2", func() int { return shared(t, a1, a2) }, a1, a2)
 		stop()
 		if n := shared(t, a1, a2); n != held {
 			t.Errorf("after the engine's end %d pages are merged, want %d", n, held)
@@ -357,19 +370,19 @@ func TestVMProcesses(t *testing.T) {
 		h := startHolder(t, k, "a1", "sksm-test-a")
 		child := h.Spawn(t)
 		add(t, e, h)
-		log.waitMerged(t, h)
-		if n := kerneltest.Shared(t, h.Process, child); n != held {
-			t.Errorf("a child shares %d pages, want %d", n, held)
-		}
+		log.mergeAll(t, e, "a child", func() int { return kerneltest.Shared(t, h.Process, child) }, h)
 		session := kerneltest.Start(t, held)
 		if !k.Features().Bind {
 			session.Do(t, "mergeable")
 		}
 		enter(t, cgroupOf(t, h.CgroupsPath), session.PID)
-		if err := e.Merge(""); err != nil {
-			t.Fatal(err)
-		}
-		until(t, "a session is merged", func() bool { return kerneltest.Shared(t, h.Process, session) == held })
+		until(t, "a session is merged", func() bool {
+			// Its lines are not told from those of merges before it came.
+			if err := e.Merge(""); err != nil {
+				t.Fatal(err)
+			}
+			return kerneltest.Shared(t, h.Process, session) == held
+		})
 		if err := session.Close(); err != nil {
 			t.Error(err)
 		}

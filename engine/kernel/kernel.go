@@ -85,9 +85,10 @@ type Kernel interface {
 	// ranges short; ctx is heeded before it starts. Errors are ErrNoPartition,
 	// ErrNoProcess, and ErrBusy where the process is bound to another partition.
 	Merge(ctx context.Context, partition string, pid int, r Range) error
-	// Settle returns when all that was offered to the partition is merged, and
-	// tells the CPU time that threads of the kernel took for it, beside the
-	// caller's. Errors are ErrNoPartition and those of ctx.
+	// Settle returns when all that was offered to the partition is merged, but for
+	// pages that the kernel found busy, as when memory is compacted: they are merged
+	// by the next. It tells the CPU time that threads of the kernel took for it, beside
+	// the caller's. Errors are ErrNoPartition and those of ctx.
 	Settle(ctx context.Context, partition string) (time.Duration, error)
 	// Unmerge gives a process back copies of its own of those of its pages that
 	// are merged in the partition; pages merged in another are left alone, unless

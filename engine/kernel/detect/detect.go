@@ -87,7 +87,7 @@ func Open(o Options) (k kernel.Kernel, detail string, err error) {
 	if !errors.Is(err, kernel.ErrNotSupported) {
 		return k, detail, err
 	}
-	if o.Mainline == (mainline.Options{}) {
+	if o.Mainline.Partition == "" && !o.Mainline.First {
 		return nil, "", fmt.Errorf("%w, or name the one partition that an unpatched kernel may merge with mainlinePartition", err)
 	}
 	o.Interface = Mainline

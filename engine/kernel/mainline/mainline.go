@@ -17,7 +17,6 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -29,31 +28,6 @@ import (
 )
 
 const root = "/sys/kernel/mm/ksm"
-
-// ours is a number that nobody else would set pages_to_scan to: by it, settings are
-// known that an engine left when it was killed.
-const ours = "1009"
-
-// defaults are the kernel's own settings, which are put in the place of those.
-var defaults = []setting{{"run", stop}, {"pages_to_scan", "100"}, {"sleep_millisecs", "20"}, {"smart_scan", "1"}}
-
-// What ksmd is set to while it runs for us, in the order in which it is written.
-// Two containers of 64 MiB each merge in 0.16 s of a CPU with it.
-var settings = []setting{
-	{"advisor_mode", "none"}, // which would set pages_to_scan itself; since 6.8
-	{"pages_to_scan", ours},
-	{"sleep_millisecs", "0"},
-	{"smart_scan", "0"}, // which passes over pages that found no equal so far; since 6.7
-}
-
-type setting struct{ file, value string }
-
-// Values of run.
-const (
-	stop    = "0"
-	scan    = "1"
-	unmerge = "2"
-)
 
 const (
 	// scans is how many times ksmd has to come to its end: once for the scan that
@@ -73,6 +47,10 @@ type Options struct {
 	// First lets the first partition that is added have the merge space, until it
 	// is removed. Partition must be empty then.
 	First bool
+	// Dir is a directory of the engine's own, which keeps there what ksmd was set to
+	// while it runs for it. Where it is empty, an engine that is killed then leaves the
+	// next one to restore the kernel's defaults.
+	Dir string
 }
 
 // Kernel is the KSM of an unpatched kernel. Its methods may be called
@@ -87,8 +65,8 @@ type Kernel struct {
 	// driving is held by whoever runs ksmd.
 	driving chan struct{}
 	// What follows belongs to who holds driving.
-	saved []setting // what ksmd was set to before, while it is not restored
-	ksmd  int       // its pid, 0 while it is not known
+	saved []change // what is not restored yet
+	ksmd  int      // its pid, 0 while it is not known
 }
 
 var _ kernel.Kernel = (*Kernel)(nil)
@@ -117,11 +95,9 @@ func open(root, proc string, o Options) (*Kernel, error) {
 		return nil, fmt.Errorf("looking for KSM: %w", err)
 	}
 	k := &Kernel{root: root, proc: proc, options: o, driving: make(chan struct{}, 1)}
-	if number, err := k.read("pages_to_scan"); err != nil {
+	var err error
+	if k.saved, err = k.left(); err != nil {
 		return nil, fmt.Errorf("looking for KSM: %w", err)
-	} else if number == ours {
-		k.saved = slices.Clone(defaults)
-		slices.Reverse(k.saved)
 	}
 	return k, nil
 }
@@ -273,9 +249,10 @@ func (k *Kernel) Settle(ctx context.Context, partition string) (cpu time.Duratio
 		cpu = max(k.cpu()-before, 0)
 	}()
 	for _, s := range settings {
-		if err := k.set(s.file, s.value); errors.Is(err, fs.ErrNotExist) {
+		if _, err := k.read(s.file); errors.Is(err, fs.ErrNotExist) {
 			continue // newer than this kernel
-		} else if err != nil {
+		}
+		if err := k.set(s.file, s.value); err != nil {
 			return 0, err
 		}
 	}
@@ -358,32 +335,6 @@ func (k *Kernel) drive(ctx context.Context) error {
 }
 
 func (k *Kernel) done() { <-k.driving }
-
-// set changes a setting, and keeps what it was.
-func (k *Kernel) set(file, value string) error {
-	old, err := k.read(file)
-	if err != nil {
-		return err
-	}
-	if old == value {
-		return nil
-	}
-	k.saved = append(k.saved, setting{file, old})
-	return k.write(file, value)
-}
-
-// restore puts settings back as they were, the last one first: ksmd is stopped
-// before it is set to anything.
-func (k *Kernel) restore() error {
-	for len(k.saved) > 0 {
-		s := k.saved[len(k.saved)-1]
-		if err := k.write(s.file, s.value); err != nil {
-			return fmt.Errorf("restoring what ksmd was set to: %w", err)
-		}
-		k.saved = k.saved[:len(k.saved)-1]
-	}
-	return nil
-}
 
 // check refuses a request for another partition than the one that is merged, or
 // for a process that is gone.

@@ -52,10 +52,11 @@ func startKsmd(t *testing.T, files map[string]string) *ksmd {
 			}
 			if k.get("run") == "1" {
 				n, _ := strconv.Atoi(k.get("full_scans"))
-				k.set("full_scans", strconv.Itoa(n+1))
+				// Before the scan is seen to be done, as all may be restored then.
 				k.mu.Lock()
 				k.seen = k.files()
 				k.mu.Unlock()
+				k.set("full_scans", strconv.Itoa(n+1))
 			}
 		}
 	})
@@ -195,19 +196,105 @@ func TestDrivenBySomebodyElse(t *testing.T) {
 }
 
 // An engine that was killed has left ksmd running: it is not taken for somebody
-// else's.
+// else's, and what it was set to before is set again.
 func TestAfterAKill(t *testing.T) {
+	running := []string{"run", "1", "pages_to_scan", ours, "sleep_millisecs", "0", "smart_scan", "0", "advisor_mode", "none"}
+	byDefault := []string{"pages_to_scan", "100", "sleep_millisecs", "20", "advisor_mode", "none"}
+	// What is kept while ksmd runs with these.
+	const kept = "advisor_mode scan-time none\npages_to_scan 250 " + ours + "\nsleep_millisecs 50 0\nsmart_scan 1 0\nrun 0 1\n"
+	for name, tc := range map[string]struct {
+		found    []string // what differs from before
+		record   string
+		restored []string // what differs then
+	}{
+		"no record":        {running, "", byDefault},
+		"record":           {running, kept, []string{"advisor_mode", "scan-time"}},
+		"cut short":        {running, kept[:len(kept)/2], byDefault},
+		"two of a setting": {running, kept + "run 1 0\n", byDefault},
+		"another file":     {running, kept + "../../../vm/swappiness 1 0\n", byDefault},
+		"another value":    {running, strings.Replace(kept, "250", "250;", 1), byDefault},
+		"killed before it ran": {
+			[]string{"advisor_mode", "none"}, "advisor_mode scan-time none\npages_to_scan 250 " + ours + "\n",
+			[]string{"advisor_mode", "scan-time"},
+		},
+		"killed while it unmerged": {[]string{"run", "2"}, "run 0 2\n", nil},
+		"set by somebody since":    {[]string{"sleep_millisecs", "7"}, kept, []string{"sleep_millisecs", "7"}},
+		"run by somebody since":    {[]string{"run", "1", "smart_scan", "0"}, kept, []string{"run", "1", "smart_scan", "0"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				files := changed(before, tc.found...)
+				files["full_scans"], files["pages_scanned"] = "7", "100"
+				d := startKsmd(t, files)
+				defer d.stop()
+				o := Options{First: true, Dir: t.TempDir()}
+				record := filepath.Join(o.Dir, recordName)
+				if tc.record != "" {
+					if err := os.WriteFile(record, []byte(tc.record), 0o600); err != nil {
+						t.Fatal(err)
+					}
+				}
+				k := d.open(o)
+				if got := d.files(); !maps.Equal(got, changed(files)) {
+					t.Errorf("opening changed the settings to %v", got)
+				}
+				want := changed(before, tc.restored...)
+				driven, err := k.Driven()
+				if err != nil || driven != (want["run"] == scan) {
+					t.Errorf("driven: %v, %v", driven, err)
+				}
+				if got := d.files(); !maps.Equal(got, want) {
+					t.Errorf("settings are %v, want %v", got, want)
+				}
+				if driven {
+					return
+				}
+				// A whole merge later there is no record.
+				if err := k.AddPartition("p"); err != nil {
+					t.Fatal(err)
+				}
+				if _, err := k.Settle(t.Context(), "p"); err != nil {
+					t.Fatal(err)
+				}
+				if _, err := os.Stat(record); !errors.Is(err, os.ErrNotExist) {
+					t.Errorf("record: %v", err)
+				}
+			})
+		})
+	}
+}
+
+// What ksmd was set to is kept in a file while it is set to anything else, and where
+// that cannot be, it is left as it is.
+func TestRecord(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		files := changed(before, "run", "1", "pages_to_scan", ours, "sleep_millisecs", "0", "smart_scan", "0", "advisor_mode", "none")
-		files["full_scans"], files["pages_scanned"] = "7", "100"
-		d := startKsmd(t, files)
+		d := startKsmd(t, before)
 		defer d.stop()
-		k := d.open(Options{First: true})
-		if driven, err := k.Driven(); err != nil || driven {
-			t.Errorf("driven: %v, %v", driven, err)
+		o := Options{First: true, Dir: t.TempDir()}
+		k := d.open(o)
+		k.AddPartition("p")
+		ctx, cancel := context.WithCancel(t.Context())
+		var ended sync.WaitGroup
+		ended.Go(func() { k.Settle(ctx, "p") })
+		time.Sleep(25 * time.Millisecond) // of the test's own clock: it runs by now
+		got, err := os.ReadFile(filepath.Join(o.Dir, recordName))
+		want := "advisor_mode scan-time none\npages_to_scan 250 " + ours + "\nsleep_millisecs 50 0\nsmart_scan 1 0\nrun 0 1\n"
+		if err != nil || string(got) != want {
+			t.Errorf("record is %q, %v; want %q", got, err, want)
 		}
-		want := changed(before, "pages_to_scan", "100", "sleep_millisecs", "20", "advisor_mode", "none")
-		if got := d.files(); !maps.Equal(got, want) {
+		cancel()
+		ended.Wait()
+		if left, err := os.ReadDir(o.Dir); err != nil || len(left) > 0 {
+			t.Errorf("left are %v, %v", left, err)
+		}
+
+		if err := os.Remove(o.Dir); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := k.Settle(t.Context(), "p"); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("settled: %v", err)
+		}
+		if got, want := d.files(), changed(before, "advisor_mode", "scan-time"); !maps.Equal(got, want) {
 			t.Errorf("settings are %v, want %v", got, want)
 		}
 	})
