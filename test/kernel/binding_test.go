@@ -158,6 +158,42 @@ func TestOptOutOfBound(t *testing.T) {
 	}
 }
 
+// One that has opted out may still get merged pages: what it shares over fork is
+// merged where it is. They are not forgotten when it is removed.
+func TestRemoveForkedThatOptedOut(t *testing.T) {
+	wantFeature(t, addProcess)
+	const n = 256
+	a, b := partition(t, "a"), partition(t, "b")
+	p, q := holding(t, n, 1), holding(t, n, 1)
+	if err := p.add(a); err != nil {
+		t.Fatal(err)
+	}
+	child := p.fork()
+	child.optIn(false)
+	q.mergeAll(a)
+	p.mergeAll(a)
+	if mappings, _ := ksmPages(t, child); mappings < n {
+		t.Errorf("the child shares %d pages with its parent, want %d: this shows nothing", mappings, n)
+	}
+	wantCounters(t, a, p, q, child)
+	if err := child.remove(a); err != nil {
+		t.Fatal(err)
+	}
+	if mappings, _ := ksmPages(t, child); mappings != 0 {
+		t.Errorf("%d pages of the partition are in a process that has left", mappings)
+	}
+	if err := child.add(b); err != nil {
+		t.Fatal(err)
+	}
+	child.mergeAll(b)
+	wantCounters(t, a, p, q)
+	wantCounters(t, b, child)
+	wantApart(t, []*process{p, q}, []*process{child})
+	for _, r := range []*process{p, q, child} {
+		r.ask("check")
+	}
+}
+
 // How often the races are run, if there is time.
 const (
 	raceRounds = 2000

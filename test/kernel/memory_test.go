@@ -1,9 +1,12 @@
 package kernel_test
 
 import (
+	"encoding/binary"
 	"fmt"
+	"math"
 	"math/rand/v2"
 	"os"
+	"slices"
 	"sync"
 	"testing"
 
@@ -168,6 +171,24 @@ func TestSwap(t *testing.T) {
 		t.Errorf("%d ksm pages came back from swap into a process that has left", mappings)
 	}
 	wantCounters(t, b, inB[1])
+	// What has opted out may get a merged page back that another one has already.
+	out()
+	if err := inB[0].add(b); err != nil {
+		t.Fatal(err)
+	}
+	inB[0].mergeAll(b)
+	inB[1].mergeAll(b)
+	out()
+	inB[1].ask("check")
+	inB[0].optIn(false)
+	in2()
+	if err := inB[0].remove(b); err != nil {
+		t.Fatal(err)
+	}
+	if mappings, _ := ksmPages(t, inB[0]); mappings != 0 {
+		t.Errorf("%d ksm pages that came back from swap stay in a process that has left", mappings)
+	}
+	wantCounters(t, b, inB[1])
 	out()
 	if err := swap.Off(); err != nil {
 		t.Fatal(err)
@@ -176,6 +197,58 @@ func TestSwap(t *testing.T) {
 	if err := swap.On(); err != nil {
 		t.Fatal(err)
 	}
+}
+
+// poke changes what is in a page of the process.
+func (p *process) poke(page int, contents []byte) {
+	p.t.Helper()
+	mem, err := os.OpenFile(fmt.Sprintf("/proc/%d/mem", p.Pid), os.O_WRONLY, 0)
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	defer mem.Close()
+	if _, err := mem.WriteAt(contents, int64(p.start)+int64(page*actor.PageSize)); err != nil {
+		p.t.Fatal(err)
+	}
+}
+
+// collision returns contents that have the checksum of a page of zeroes, by one
+// sign or the other, whatever its seed is: the second change undoes in a lane of
+// XXH64 what the first has done to it.
+func collision(sign uint64) []byte {
+	const prime1, prime2 = 0x9E3779B185EBCA87, 0xC2B2AE3D27D4EB4F
+	inverse := uint64(1) // of prime2
+	for range 6 {
+		inverse *= 2 - prime2*inverse
+	}
+	contents := make([]byte, actor.PageSize)
+	binary.LittleEndian.PutUint64(contents, inverse<<63)
+	binary.LittleEndian.PutUint64(contents[4*8:], sign*(prime1<<30&math.MaxUint64)*inverse)
+	return contents
+}
+
+// A merged page whose checksum is that of others does not keep them from merging.
+func TestCollision(t *testing.T) {
+	a := partition(t, "a")
+	var first, second []*process
+	for range 2 {
+		p := holding(t, 2, 1)
+		p.poke(0, collision(1))
+		p.poke(1, collision(math.MaxUint64))
+		first = append(first, p)
+		p = holding(t, 1, 1)
+		p.poke(0, make([]byte, actor.PageSize))
+		second = append(second, p)
+	}
+	for _, two := range [][]*process{first, second, first, second} {
+		for _, p := range two {
+			p.mergeAll(a)
+		}
+		if merged, err := pages.Merged(two[0].pages(), two[1].pages()); err != nil || merged != len(two[0].pages()) {
+			t.Errorf("%d of %d pages merged, %v", merged, len(two[0].pages()), err)
+		}
+	}
+	wantCounters(t, a, slices.Concat(first, second)...)
 }
 
 // cgroup makes a control group for the time of the test.
