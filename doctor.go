@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"flag"
 	"fmt"
@@ -9,6 +10,7 @@ import (
 
 	"github.com/selective-ksm/selective-ksm/engine"
 	"github.com/selective-ksm/selective-ksm/engine/cgroup"
+	"github.com/selective-ksm/selective-ksm/engine/control"
 	"github.com/selective-ksm/selective-ksm/engine/kernel/detect"
 	"github.com/selective-ksm/selective-ksm/engine/memory"
 	"github.com/selective-ksm/selective-ksm/engine/pressure"
@@ -53,9 +55,13 @@ func runDoctor(args []string) error {
 		err = errors.New("not there: incremental: softDirty offers nothing new, use faults")
 	}
 	say("soft-dirty bits", err)
-	lock, err := engine.Lock(engine.RunDir)
-	if err == nil {
-		err = lock.Close()
+	// Not by its lock: an engine that starts meanwhile would find it taken.
+	_, err = control.Status(context.Background(), engine.RunDir)
+	switch {
+	case err == nil:
+		err = errors.New("one runs")
+	case errors.Is(err, control.ErrNoEngine):
+		err = nil
 	}
 	say("free for an engine", err)
 	return failed

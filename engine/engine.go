@@ -140,7 +140,9 @@ type member struct {
 	// Protected by Engine.mu.
 	started time.Time // zero before
 	reason  string    // why it is not merged, or not all of it
-	result  Result    // of the last merge
+	// failures is how often that was so.
+	failures int
+	result   Result // of the last merge
 
 	// For the worker.
 	warned map[string]bool
@@ -169,6 +171,9 @@ func New(o Options) *Engine {
 // Run lets the engine work until ctx ends, and returns when it has stopped.
 // Partitions and what is merged in them are left in place. It is called once.
 func (e *Engine) Run(ctx context.Context) {
+	if err := e.kernel.Recover(ctx); err != nil {
+		e.log.WithError(err).Warn("what an engine before this one has changed in the kernel is not restored")
+	}
 	e.mu.Lock()
 	e.ctx = ctx
 	for _, p := range e.partitions {
@@ -283,9 +288,12 @@ func (e *Engine) Merge(name string) error {
 func (e *Engine) Reconcile(created, running []Container) error {
 	existing, err := e.kernel.Partitions()
 	if e.features.OneSpace {
-		// Before an engine that was killed, one of these had the merge space: that whose
-		// processes are still mergeable. It must have it again.
-		running = e.mergeableFirst(running)
+		// Before an engine that ended, one of these had the merge space: that whose
+		// processes are still mergeable. It must have it again, before another asks. If
+		// it cannot, its worker will say so.
+		if name := e.heldBefore(running); name != "" {
+			_ = e.kernel.AddPartition(name)
+		}
 	}
 
 	e.mu.Lock()
@@ -312,33 +320,42 @@ func (e *Engine) Reconcile(created, running []Container) error {
 	return err
 }
 
-// mergeableFirst sorts containers by whether they have processes that are mergeable.
-func (e *Engine) mergeableFirst(containers []Container) []Container {
-	first := map[string]bool{}
+// looked is how long the runtime is kept waiting for that, at most.
+const looked = 500 * time.Millisecond
+
+// heldBefore is the partition of a container that has a process that is mergeable; none
+// if there is no such container, or too much to look at.
+func (e *Engine) heldBefore(containers []Container) string {
+	began := time.Now()
 	for _, c := range containers {
-		processes, err := e.host.open(c.CgroupsPath)
-		if err != nil {
-			continue
+		if time.Since(began) > looked {
+			break
 		}
-		for _, proc := range processes {
-			if mergeable, err := e.host.mergeable(proc.Pid()); err == nil && mergeable && proc.Alive() {
-				first[c.Partition] = true
-			}
-			proc.Close()
+		if mergeable, err := e.anyMergeable(c.CgroupsPath); err == nil && mergeable {
+			return c.Partition
 		}
 	}
-	sorted := slices.Clone(containers)
-	slices.SortStableFunc(sorted, func(a, b Container) int {
-		switch {
-		case first[a.Partition] == first[b.Partition]:
-			return 0
-		case first[a.Partition]:
-			return -1
-		default:
-			return 1
+	return ""
+}
+
+// anyMergeable reports whether a container has a process that is mergeable, or of which
+// that cannot be told.
+func (e *Engine) anyMergeable(cgroupsPath string) (bool, error) {
+	processes, err := e.host.open(cgroupsPath)
+	if err != nil {
+		if gone(err) {
+			err = nil
 		}
-	})
-	return sorted
+		return false, err
+	}
+	found := false
+	for _, proc := range processes {
+		if mergeable, err := e.host.mergeable(proc.Pid()); (err != nil && !gone(err) || mergeable) && proc.Alive() {
+			found = true
+		}
+		proc.Close()
+	}
+	return found, nil
 }
 
 // join makes a container a member. e.mu is held.
@@ -420,9 +437,11 @@ func (e *Engine) partition(name string) *partition {
 	p := e.partitions[name]
 	if p == nil {
 		p = &partition{
-			engine:  e,
-			name:    name,
-			log:     e.log.WithField("partition", name),
+			engine: e,
+			name:   name,
+			log:    e.log.WithField("partition", name),
+			// An engine before this one may have left it so.
+			mixed:   e.features.OneSpace,
 			wake:    make(chan struct{}, 1),
 			tried:   make(chan struct{}),
 			members: map[string]*member{},

@@ -52,6 +52,8 @@ type machine struct {
 	saved, total uint64
 	// mergeableAll are all processes of the machine that are mergeable.
 	mergeableAll []int
+	// inContainers are those in containers that are nobody's here.
+	inContainers map[int]bool
 	// bound are the partitions that processes are bound to.
 	bound map[int]string
 	// ended is closed, and made anew, when the containers change.
@@ -172,6 +174,8 @@ func (m *machine) Unmerge(_ context.Context, partition string, pid int) error {
 	}
 	return nil
 }
+
+func (m *machine) Recover(context.Context) error { return m.look("recover") }
 
 func (m *machine) Features() kernel.Features { return m.features }
 func (m *machine) Close() error              { return nil }
@@ -351,7 +355,13 @@ func (h fakeHost) activity(pid int) (memory.Activity, error) {
 	return memory.Activity{MinorFaults: h.faults}, nil
 }
 
-func (h fakeHost) clearDirty(pid int) error {
+func (h fakeHost) contained(pid int) bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.inContainers[pid]
+}
+
+func (h fakeHost) clearDirty(pid int, alive func() bool) error {
 	if err := h.look("clearDirty"); err != nil {
 		return err
 	}

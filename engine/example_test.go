@@ -25,6 +25,8 @@ type names struct {
 
 func (n *names) Features() kernel.Features { return kernel.Features{} }
 
+func (n *names) Recover(context.Context) error { return nil }
+
 func (n *names) Partitions() ([]string, error) { return nil, nil }
 
 func (n *names) AddPartition(name string) error {

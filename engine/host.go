@@ -27,12 +27,14 @@ type host interface {
 	pressed(ctx context.Context, cgroupsPath string, scarce func()) error
 	// mergeableOnes are all processes of the machine whose memory is mergeable.
 	mergeableOnes() ([]int, error)
+	// contained is [process.Contained].
+	contained(pid int) bool
 	// The others are the functions of package memory.
 	mergeable(pid int) (bool, error)
 	find(pid int, o memory.Options) (memory.Offer, error)
 	merged(pid int) (uint64, error)
 	activity(pid int) (memory.Activity, error)
-	clearDirty(pid int) error
+	clearDirty(pid int, alive func() bool) error
 }
 
 // handle is a [process.Process].
@@ -99,10 +101,13 @@ func (linux) mergeableOnes() ([]int, error) {
 	return found, nil
 }
 
+func (linux) contained(pid int) bool          { return process.Contained(pid) }
 func (linux) mergeable(pid int) (bool, error) { return memory.Mergeable(pid) }
 func (linux) find(pid int, o memory.Options) (memory.Offer, error) {
 	return memory.Find(pid, o)
 }
 func (linux) merged(pid int) (uint64, error)            { return memory.Merged(pid) }
 func (linux) activity(pid int) (memory.Activity, error) { return memory.ActivityOf(pid) }
-func (linux) clearDirty(pid int) error                  { return memory.ClearDirty(pid) }
+func (linux) clearDirty(pid int, alive func() bool) error {
+	return memory.ClearDirty(pid, alive)
+}

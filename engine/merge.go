@@ -54,6 +54,8 @@ type pass struct {
 	offered uint64 // bytes
 	zero    uint64 // bytes
 	took    time.Duration
+	// failures is how many the member had before.
+	failures int
 	// unchanged is that the result is that of the last merge.
 	unchanged bool
 }
@@ -70,6 +72,10 @@ func (p *partition) merge(ctx context.Context) {
 	full := p.full || len(p.due) < due || p.passes%fullEvery == 0
 	p.full = false
 	members := p.running()
+	var failures []int
+	for _, m := range members {
+		failures = append(failures, m.failures)
+	}
 	settings := e.settings
 	e.mu.Unlock()
 	p.passes++
@@ -86,18 +92,20 @@ func (p *partition) merge(ctx context.Context) {
 			}
 		}
 	}()
-	for _, m := range members {
-		one := &pass{partition: p, member: m, settings: settings, full: full, seen: map[int]look{}}
+	for i, m := range members {
+		one := &pass{partition: p, member: m, settings: settings, full: full, failures: failures[i], seen: map[int]look{}}
 		passes = append(passes, one)
 		one.run(ctx)
 		if !p.exists || p.spoilt || ctx.Err() != nil {
 			return
 		}
-		m.seen = one.seen
 	}
 	offered := slices.ContainsFunc(passes, func(s *pass) bool { return len(s.merged) > 0 })
 	if e.features.OneSpace && offered && !p.settle(ctx, members) {
 		return
+	}
+	for _, one := range passes {
+		one.member.seen = one.seen
 	}
 	p.plan(passes)
 }
@@ -244,10 +252,10 @@ func (s *pass) process(ctx context.Context, proc handle) bool {
 	err = e.budget.Do(ctx, s.partition.name, func() (time.Duration, error) {
 		var err error
 		offer, err = e.host.find(pid, o)
-		if err == nil && s.settings.Dirty && proc.Alive() {
-			// What is written to from here on is for the next merge, and also that which
-			// is merged now.
-			err = e.host.clearDirty(pid)
+		if err == nil && s.settings.Dirty {
+			// What is written to from here on is for the next merge. What was written
+			// since the look is for one that passes over nothing.
+			err = e.host.clearDirty(pid, proc.Alive)
 		}
 		return 0, err
 	})
@@ -407,8 +415,7 @@ func (p *partition) plan(passes []*pass) {
 		all += r.Merged
 		results = append(results, r)
 	}
-	// A kernel with one merge space has no other partition to count.
-	if changed && (!e.features.SharedCounters || e.features.OneSpace) {
+	if changed && !e.features.SharedCounters {
 		counters, err := e.kernel.Counters(p.name)
 		if err != nil {
 			p.log.WithError(err).Warn("savings are not known")
@@ -431,7 +438,7 @@ func (p *partition) plan(passes []*pass) {
 	p.next = time.Now().Add(p.pause())
 	for i, s := range passes {
 		s.member.result = results[i]
-		if len(s.member.warned) == 0 && results[i].Processes > 0 {
+		if s.member.failures == s.failures && results[i].Processes > 0 {
 			s.member.reason = ""
 		}
 	}
@@ -453,7 +460,7 @@ func (p *partition) plan(passes []*pass) {
 			"duration_ms":   float64(r.Took.Microseconds()) / 1000,
 			"processes":     r.Processes,
 		}
-		if !e.features.SharedCounters || e.features.OneSpace {
+		if !e.features.SharedCounters {
 			fields["saved_bytes"] = r.Saved
 		}
 		s.member.log.WithFields(fields).Info("merged")
@@ -465,6 +472,7 @@ func (p *partition) plan(passes []*pass) {
 func (e *Engine) warn(m *member, msg string, err error) {
 	e.mu.Lock()
 	m.reason = err.Error()
+	m.failures++
 	first := !m.warned[msg]
 	m.warned[msg] = true
 	e.mu.Unlock()

@@ -3,6 +3,7 @@ package engine
 import (
 	"context"
 	"errors"
+	"fmt"
 	"maps"
 	"math"
 	"slices"
@@ -64,8 +65,12 @@ func (p *partition) poke() {
 	}
 }
 
-// bringForward makes a merge due at once. Engine.mu is held.
+// bringForward makes a merge due at once, if there is anything to merge. Engine.mu is
+// held.
 func (p *partition) bringForward() {
+	if len(p.running()) == 0 {
+		return
+	}
 	p.due = append(p.due, time.Now())
 	p.poke()
 }
@@ -115,6 +120,10 @@ func (p *partition) step(ctx context.Context) (wait time.Duration, done bool) {
 	}
 	if err := p.release(ctx, leaving); err != nil {
 		return p.failed("processes that a container left are not unmerged yet", err), false
+	}
+	if !p.exists && p.engine.features.OneSpace && !p.mayHold() {
+		p.answer(errTooLate)
+		return p.backoff(), false
 	}
 	if !p.exists {
 		err := p.engine.kernel.AddPartition(p.name)
@@ -188,8 +197,10 @@ func (p *partition) remove(ctx context.Context, leaving []*member) (wait time.Du
 	for _, m := range p.members {
 		clear(m.seen)
 	}
-	if p.engine.features.OneSpace {
+	if p.engine.features.WideRemoval {
 		for _, other := range p.engine.partitions {
+			// It may have been unmerged too, or may have the merge space now.
+			other.full = true
 			other.poke()
 		}
 	}
@@ -225,22 +236,32 @@ func (p *partition) othersInUse() bool {
 // would merge with those of the next partition.
 func (p *partition) stillMergeable(leaving []*member) error {
 	for _, m := range leaving {
-		processes, err := p.engine.host.open(m.CgroupsPath)
-		if err != nil && !gone(err) {
+		switch still, err := p.engine.anyMergeable(m.CgroupsPath); {
+		case err != nil:
 			return err
-		}
-		var still bool
-		for _, proc := range processes {
-			if mergeable, err := p.engine.host.mergeable(proc.Pid()); (err != nil && !gone(err) || mergeable) && proc.Alive() {
-				still = true
-			}
-			proc.Close()
-		}
-		if still {
+		case still:
 			return errStillMergeable
 		}
 	}
 	return nil
+}
+
+// errTooLate is why a partition does not take the merge space that has become free.
+var errTooLate = fmt.Errorf("%w: its containers were started while another partition had the merge space, and are not mergeable", kernel.ErrKeptOut)
+
+// mayHold reports whether the partition has use for the merge space: whether a container
+// of it can still be opted in, or has been.
+func (p *partition) mayHold() bool {
+	p.engine.mu.Lock()
+	running, all := p.running(), len(p.members)
+	p.engine.mu.Unlock()
+	if len(running) < all {
+		return true
+	}
+	return slices.ContainsFunc(running, func(m *member) bool {
+		mergeable, err := p.engine.anyMergeable(m.CgroupsPath)
+		return err == nil && mergeable
+	})
 }
 
 // putBack keeps those who left for the next look.

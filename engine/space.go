@@ -10,7 +10,7 @@ import (
 // alone reports whether the partition may be merged on a kernel that has one merge
 // space: whether no process of another container is mergeable, be it that it made
 // itself so. If one is, it may have been merged with the partition's already, and all
-// is unmerged. Processes of the machine that are no container's are reported once.
+// is unmerged. Processes of the machine itself are reported once.
 func (p *partition) alone(ctx context.Context) bool {
 	e := p.engine
 	intruders, others, err := p.sharers(ctx)
@@ -23,7 +23,7 @@ func (p *partition) alone(ctx context.Context) bool {
 	case err != nil:
 		err = fmt.Errorf("processes that share the merge space were not found: %w", err)
 	case len(intruders) > 0:
-		err = fmt.Errorf("processes %d of containers in other partitions have made themselves mergeable, and this kernel has one merge space", intruders)
+		err = fmt.Errorf("processes %d of other containers have made themselves mergeable, and this kernel has one merge space", intruders)
 		p.spoilt = p.mixed
 	}
 	if err != nil {
@@ -40,7 +40,9 @@ func (p *partition) alone(ctx context.Context) bool {
 }
 
 // sharers are the processes of the machine that are mergeable and not the partition's:
-// those of other containers, and the others.
+// those of other containers, and the others. Whether a process is in a container that
+// is no member, as it may be of another runtime, shows in its mount namespace; that a
+// service of the machine may have one too makes for less merging, not for more.
 func (p *partition) sharers(ctx context.Context) (intruders, others []int, err error) {
 	e := p.engine
 	err = e.budget.Do(ctx, p.name, func() (time.Duration, error) {
@@ -53,9 +55,9 @@ func (p *partition) sharers(ctx context.Context) (intruders, others []int, err e
 			return 0, err
 		}
 		for _, pid := range mergeable {
-			switch owner[pid] {
-			case p:
-			case nil:
+			switch o := owner[pid]; {
+			case o == p:
+			case o == nil && !e.host.contained(pid):
 				others = append(others, pid)
 			default:
 				intruders = append(intruders, pid)

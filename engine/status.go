@@ -52,7 +52,7 @@ type PartitionStatus struct {
 func (e *Engine) Status() []PartitionStatus {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	var all []PartitionStatus
+	all := []PartitionStatus{}
 	for _, p := range e.partitions {
 		s := PartitionStatus{Name: p.name, Next: p.next}
 		if p.refused != nil {

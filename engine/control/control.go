@@ -41,7 +41,7 @@ type request struct {
 
 type reply struct {
 	Error      string                   `json:"error,omitempty"`
-	Partitions []engine.PartitionStatus `json:"partitions,omitempty"`
+	Partitions []engine.PartitionStatus `json:"partitions"`
 }
 
 const (

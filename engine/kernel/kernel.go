@@ -60,6 +60,9 @@ type Features struct {
 type Kernel interface {
 	// Features are those of this kernel. They never change.
 	Features() Features
+	// Recover puts back what an engine that was killed has left in the kernel, other
+	// than partitions. The one engine of the machine calls it before anything else.
+	Recover(ctx context.Context) error
 	// AddPartition makes an empty partition. It returns ErrPartitionExists where
 	// there is one of that name, which can be used all the same, and ErrKeptOut
 	// where there may be no other beside those that are there.

@@ -189,13 +189,17 @@ func ActivityOf(pid int) (Activity, error) {
 
 // ClearDirty takes all pages of a process as not written to. The process pays for
 // it with a fault for each page that it writes to next. Others that go by the same
-// bits, as checkpointing does, are misled. Errors are those of [Find].
-func ClearDirty(pid int) error {
+// bits, as checkpointing does, are misled. It does nothing unless the process that has
+// the number is the one that is alive. Errors are those of [Find].
+func ClearDirty(pid int, alive func() bool) error {
 	f, err := os.OpenFile(fmt.Sprintf("/proc/%d/clear_refs", pid), os.O_WRONLY, 0)
 	if err != nil {
 		return err
 	}
-	_, err = f.WriteString("4") // Documentation/admin-guide/mm/soft-dirty.rst
+	// The file is that of the process that had the number when it was opened.
+	if alive() {
+		_, err = f.WriteString("4") // Documentation/admin-guide/mm/soft-dirty.rst
+	}
 	return errors.Join(err, f.Close())
 }
 

@@ -227,7 +227,8 @@ func TestDirty(t *testing.T) {
 	for i := range mem {
 		mem[i] = 1
 	}
-	if err := ClearDirty(os.Getpid()); err != nil {
+	alive := true
+	if err := ClearDirty(os.Getpid(), func() bool { return alive }); err != nil {
 		t.Fatal(err)
 	}
 	mem[3*page]++
@@ -307,7 +308,7 @@ func TestProcessGone(t *testing.T) {
 	if _, err := ActivityOf(math.MaxInt32); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("ActivityOf: %v", err)
 	}
-	if err := ClearDirty(math.MaxInt32); !errors.Is(err, os.ErrNotExist) {
+	if err := ClearDirty(math.MaxInt32, func() bool { return true }); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("ClearDirty: %v", err)
 	}
 	if _, err := Merged(math.MaxInt32); !errors.Is(err, os.ErrNotExist) {

@@ -164,6 +164,20 @@ func All() ([]int, error) {
 	return pids, nil
 }
 
+// Contained reports whether a process has another mount namespace than the machine's
+// first, as those in containers do. Where that cannot be told, it is taken as
+// contained.
+func Contained(pid int) bool {
+	const machine = "/proc/1/ns/mnt"
+	var of [2]unix.Stat_t
+	for i, path := range []string{machine, fmt.Sprintf("/proc/%d/ns/mnt", pid)} {
+		if err := unix.Stat(path, &of[i]); err != nil {
+			return true
+		}
+	}
+	return of[0].Ino != of[1].Ino
+}
+
 // Pid is the number of the process. It means this process only as long as it is
 // alive.
 func (p *Process) Pid() int { return p.pid }

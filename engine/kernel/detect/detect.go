@@ -100,7 +100,11 @@ func open(o Options) (kernel.Kernel, string, error) {
 		if err != nil {
 			return nil, "", err
 		}
-		return k, "ksmd, with one merge space for the machine: one partition at a time is merged", nil
+		detail := "ksmd, with one merge space for the machine: one partition at a time is merged"
+		if k.Driven() {
+			detail += "; somebody else has ksmd run, and its settings are left alone"
+		}
+		return k, detail, nil
 	}
 	fs, err := sysfs.Open()
 	if err != nil {

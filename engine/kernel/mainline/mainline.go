@@ -65,8 +65,9 @@ type Kernel struct {
 	// driving is held by whoever runs ksmd.
 	driving chan struct{}
 	// What follows belongs to who holds driving.
-	saved []change // what is not restored yet
-	ksmd  int      // its pid, 0 while it is not known
+	saved  []change // what is not restored yet
+	ksmd   int      // its pid, 0 while it is not known
+	driven bool     // when it was opened, by somebody else
 }
 
 var _ kernel.Kernel = (*Kernel)(nil)
@@ -99,12 +100,26 @@ func open(root, proc string, o Options) (*Kernel, error) {
 	if k.saved, err = k.left(); err != nil {
 		return nil, fmt.Errorf("looking for KSM: %w", err)
 	}
+	state, err := k.read("run")
+	if err != nil {
+		return nil, fmt.Errorf("looking for KSM: %w", err)
+	}
+	k.driven = state == scan && len(k.saved) == 0
 	return k, nil
 }
 
 // Features implements [kernel.Kernel].
 func (k *Kernel) Features() kernel.Features {
 	return kernel.Features{OneSpace: true, SharedCounters: true, WideRemoval: true}
+}
+
+// Recover implements [kernel.Kernel]: ksmd is set to what it was.
+func (k *Kernel) Recover(ctx context.Context) error {
+	if err := k.drive(ctx); err != nil {
+		return err
+	}
+	k.done()
+	return nil
 }
 
 // AddPartition implements [kernel.Kernel]: it gives a partition the merge space,
@@ -131,13 +146,19 @@ func (k *Kernel) AddPartition(name string) error {
 
 // RemovePartition implements [kernel.Kernel]. It unmerges all that is merged on
 // the machine, so that whoever has the merge space next finds it empty. Where
-// somebody else has ksmd run, it does not, and what is left merged is what that
-// has merged.
+// somebody else has ksmd run, it cannot: then it returns ErrDriven as long as
+// anything is merged.
 func (k *Kernel) RemovePartition(name string) error {
 	if !k.holds(name) {
 		return fmt.Errorf("removing partition %s: %w", name, kernel.ErrNoPartition)
 	}
-	if err := k.unmergeAll(context.Background()); err != nil && !errors.Is(err, ErrDriven) {
+	err := k.unmergeAll(context.Background())
+	if errors.Is(err, ErrDriven) {
+		if shared, countErr := k.number("pages_shared"); countErr == nil && shared == 0 {
+			err = nil
+		}
+	}
+	if err != nil {
 		return fmt.Errorf("removing partition %s: %w", name, err)
 	}
 	k.mu.Lock()
@@ -211,15 +232,8 @@ func (k *Kernel) Close() error { return nil }
 // ErrDriven says that somebody else has ksmd run, whose it is then.
 var ErrDriven = errors.New("somebody else has ksmd run, and its settings are left alone")
 
-// Driven reports whether somebody else has ksmd run.
-func (k *Kernel) Driven() (bool, error) {
-	if err := k.drive(context.Background()); err != nil {
-		return false, err
-	}
-	defer k.done()
-	run, err := k.read("run")
-	return run == scan, err
-}
+// Driven reports whether somebody else had ksmd run when the kernel was opened.
+func (k *Kernel) Driven() bool { return k.driven }
 
 // Settle implements [kernel.Kernel]. Where somebody else has ksmd run, it waits for
 // it as it is set.
@@ -243,10 +257,12 @@ func (k *Kernel) Settle(ctx context.Context, partition string) (cpu time.Duratio
 	if run == scan {
 		return 0, k.wait(ctx)
 	}
-	before := k.cpu()
+	before, began := k.cpu(), time.Now()
 	defer func() {
 		err = errors.Join(err, k.restore())
-		cpu = max(k.cpu()-before, 0)
+		if cpu = k.cpu() - before; cpu <= 0 {
+			cpu = time.Since(began) // it is not known: no more than that
+		}
 	}()
 	for _, s := range settings {
 		if _, err := k.read(s.file); errors.Is(err, fs.ErrNotExist) {

@@ -51,7 +51,11 @@ func (k *Kernel) set(file, value string) error {
 	if old == value {
 		return nil
 	}
-	k.saved = append(k.saved, change{file, old, value})
+	was := old
+	if file == "run" && old == unmerge {
+		was = stop // to write it again would unmerge all
+	}
+	k.saved = append(k.saved, change{file, was, value})
 	if err := k.record(); err != nil {
 		k.saved = k.saved[:len(k.saved)-1]
 		return err

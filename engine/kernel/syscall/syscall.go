@@ -65,6 +65,9 @@ func Open(fs *sysfs.FS, numbers *Numbers) (*Kernel, error) {
 	return &Kernel{FS: fs, numbers: *numbers, open: map[string]*os.File{}}, nil
 }
 
+// Recover implements [kernel.Kernel]: nothing is left.
+func (*Kernel) Recover(context.Context) error { return nil }
+
 // AddPartition implements [kernel.Kernel]. Where there is one of the name, it is
 // held open from then on.
 func (k *Kernel) AddPartition(name string) error {

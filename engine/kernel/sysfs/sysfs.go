@@ -117,6 +117,9 @@ func (f *FS) Features() kernel.Features {
 	}
 }
 
+// Recover implements [kernel.Kernel]: nothing is left.
+func (*FS) Recover(context.Context) error { return nil }
+
 // AddPartition implements [kernel.Kernel].
 func (f *FS) AddPartition(name string) error {
 	if err := CheckName(name); err != nil {
