@@ -246,7 +246,6 @@ func settings(c config.Config) engine.Settings {
 			Total: c.Budget, Partition: c.PartitionBudget, Window: c.BudgetWindow, Workers: c.Workers,
 		},
 		Pressure: engine.Pressure(c.Pressure),
-		Secrets:  c.Secrets,
 		Zero:     c.ZeroPages,
 		Dirty:    c.Incremental == config.BySoftDirty,
 		OptedIn:  c.OptIn == config.OptInWrapper,

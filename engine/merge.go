@@ -56,6 +56,8 @@ type pass struct {
 	took    time.Duration
 	// unchanged is that the result is that of the last merge.
 	unchanged bool
+	// waits is that the container's memory is still in another partition.
+	waits bool
 }
 
 // merge merges all members that run, and logs what came of it. It returns early
@@ -67,18 +69,28 @@ func (p *partition) merge(ctx context.Context) {
 	due := len(p.due)
 	p.due = slices.DeleteFunc(p.due, func(t time.Time) bool { return !t.After(now) })
 	// What is due besides the interval is so because something has changed.
-	full := p.full || len(p.due) < due || p.passes%fullEvery == 0
+	demanded := p.full
+	full := demanded || len(p.due) < due || p.passes%fullEvery == 0
 	p.full = false
-	members := p.running()
+	members := p.running(demanded)
 	settings := e.settings
 	e.mu.Unlock()
 	p.passes++
+	done := false
+	defer func() {
+		if demanded && !done {
+			e.mu.Lock()
+			p.full = true
+			e.mu.Unlock()
+		}
+	}()
 
 	if e.features.OneSpace && !p.alone(ctx) {
 		p.putOff()
 		return
 	}
 	var passes []*pass
+	waiting := false
 	defer func() {
 		for _, m := range passes {
 			for _, proc := range m.merged {
@@ -93,12 +105,14 @@ func (p *partition) merge(ctx context.Context) {
 		if !p.exists || p.spoilt || ctx.Err() != nil {
 			return
 		}
+		waiting = waiting || one.waits
 		m.seen = one.seen
 	}
 	offered := slices.ContainsFunc(passes, func(s *pass) bool { return len(s.merged) > 0 })
 	if e.features.OneSpace && offered && !p.settle(ctx, members) {
 		return
 	}
+	done = !waiting
 	p.plan(passes)
 }
 
@@ -161,6 +175,7 @@ func (s *pass) run(ctx context.Context) {
 			p.engine.mu.Lock()
 			p.due = append(p.due, time.Now().Add(afterMove))
 			p.engine.mu.Unlock()
+			s.waits = true
 			return
 		}
 	}
@@ -235,7 +250,7 @@ func (s *pass) process(ctx context.Context, proc handle) bool {
 		}
 	}
 	o := memory.Options{
-		Secrets: s.settings.Secrets,
+		Secrets: s.member.Secrets,
 		Zero:    s.settings.Zero,
 		Dirty:   s.settings.Dirty && again && !s.full,
 		Exact:   e.features.PageByPage,

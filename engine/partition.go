@@ -1,6 +1,7 @@
 package engine
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"maps"
@@ -39,7 +40,7 @@ type partition struct {
 	leaving  []*member   // were members and may have processes left
 	due      []time.Time // when to merge, besides next
 	next     time.Time   // when to merge by the interval; zero before a member runs
-	full     bool        // the next merge passes over nothing
+	full     bool        // the next merge is asked for: it passes over nothing and nobody
 	poor     int         // how many merges in a row saved little
 	expected float64     // bytes that the next merge is likely to save
 	relieved time.Time   // when it was last brought forward for its pod
@@ -73,10 +74,19 @@ func (p *partition) bringForward() {
 // pause is the time until the next merge by the interval. Engine.mu is held.
 func (p *partition) pause() time.Duration {
 	s := &p.engine.settings
-	d := s.Interval
+	least := never
+	for _, m := range p.members {
+		if !m.OnDemand {
+			least = min(least, cmp.Or(m.Interval, s.Interval))
+		}
+	}
+	if least == never {
+		least = s.Interval
+	}
+	d := least
 	for range p.poor {
 		if d *= 2; d >= s.MaxInterval {
-			d = max(s.MaxInterval, s.Interval)
+			d = max(s.MaxInterval, least)
 			break
 		}
 	}
@@ -293,7 +303,7 @@ func (p *partition) backoff() time.Duration {
 func (p *partition) untilDue() time.Duration {
 	p.engine.mu.Lock()
 	defer p.engine.mu.Unlock()
-	if len(p.running()) == 0 {
+	if len(p.running(p.full)) == 0 {
 		return never
 	}
 	wait := time.Until(p.next)
@@ -310,9 +320,12 @@ func (p *partition) again() {
 	p.due = append(p.due, time.Now())
 }
 
-// running are the members that run, in the order of their start. e.mu is held.
-func (p *partition) running() []*member {
-	running := slices.DeleteFunc(slices.Collect(maps.Values(p.members)), func(m *member) bool { return m.started.IsZero() })
+// running are the members that run, in the order of their start; those that are
+// merged on demand only if that is what is wanted. e.mu is held.
+func (p *partition) running(demanded bool) []*member {
+	running := slices.DeleteFunc(slices.Collect(maps.Values(p.members)), func(m *member) bool {
+		return m.started.IsZero() || m.OnDemand && !demanded
+	})
 	slices.SortFunc(running, func(a, b *member) int {
 		if order := a.started.Compare(b.started); order != 0 {
 			return order

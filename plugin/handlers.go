@@ -159,6 +159,7 @@ func (p *plugin) assign(pod *api.PodSandbox, ctr *api.Container) (engine.Contain
 		SandboxID:   pod.GetId(),
 		CgroupsPath: cgroup,
 		Partition:   partition,
+		Secrets:     p.get().policy.Secrets,
 	}, nil
 }
 
