@@ -23,13 +23,15 @@ import (
 	"github.com/selective-ksm/selective-ksm/engine"
 	"github.com/selective-ksm/selective-ksm/engine/budget"
 	"github.com/selective-ksm/selective-ksm/engine/control"
+	"github.com/selective-ksm/selective-ksm/engine/kernel"
 	"github.com/selective-ksm/selective-ksm/engine/kernel/detect"
+	"github.com/selective-ksm/selective-ksm/engine/kernel/mainline"
 	kernelsyscall "github.com/selective-ksm/selective-ksm/engine/kernel/syscall"
 	"github.com/selective-ksm/selective-ksm/engine/optin"
 	"github.com/selective-ksm/selective-ksm/plugin"
 )
 
-const usage = `selective-ksm merges the identical memory of containers, inside their pod only.
+const usage = `selective-ksm merges the identical memory of containers, inside of partitions only.
 
   selective-ksm plugin [-config FILE] [-name NAME] [-idx NN] [-socket PATH]
         run as an NRI plugin that connects to the container runtime
@@ -169,7 +171,7 @@ func runPlugin(args []string) error {
 		Settings: settings(cfg),
 		Log:      log,
 	})
-	o.Log, o.Dir = log, engine.RunDir
+	o.Log, o.Dir, o.Interface = log, engine.RunDir, interfaceOf(found)
 	o.Engine = reporting{e, sync.OnceFunc(func() {
 		for _, f := range detect.Probe(lookFor(cfg)) {
 			log.Info("interface " + f.String())
@@ -200,6 +202,17 @@ func runPlugin(args []string) error {
 	defer running.Wait()
 	defer cancel()
 	return plugin.Run(ctx, o)
+}
+
+// interfaceOf names an interface as the configuration does.
+func interfaceOf(k kernel.Kernel) string {
+	switch k.(type) {
+	case *mainline.Kernel:
+		return string(config.InterfaceMainline)
+	case *kernelsyscall.Kernel:
+		return string(config.InterfaceSyscall)
+	}
+	return string(config.InterfaceSysfs)
 }
 
 // reporting is an engine that says what the kernel has when the runtime is there. A
