@@ -57,7 +57,12 @@ type Options struct {
 	// Config is the configuration. Where it is nil, the runtime gives it: that of
 	// its own directory to a plugin that it launched, none to others.
 	Config *config.Config
-	// Apply is called with a configuration that the runtime gave. An error refuses it.
+	// Load reads the configuration anew, each time that Reload says so. Either both are
+	// nil or none is.
+	Load   func() (config.Config, error)
+	Reload <-chan struct{}
+	// Apply is called with a configuration that the runtime gave, or Load. An error
+	// refuses it, and must have changed nothing.
 	Apply func(config.Config) error
 	// Dir is a directory of the plugin's own, at the same path for the runtime. It
 	// is made if it is not there.
@@ -67,8 +72,8 @@ type Options struct {
 	// Interface is how the engine asks the kernel, for the annotations of containers.
 	Interface string
 	// Log gets one line for each container that is not merged, with the reason, for each
-	// annotation that does not count, and for debugging one for each event, with the time
-	// that it took to answer it.
+	// annotation that does not count, and for each reload; and for debugging one for each
+	// event, with the time that it took to answer it.
 	Log logrus.FieldLogger
 }
 
@@ -92,6 +97,11 @@ func Run(ctx context.Context, o Options) error {
 		}
 		p.use(*o.Config, wrapper)
 	}
+	ctx, cancel := context.WithCancel(ctx)
+	var reloading sync.WaitGroup
+	reloading.Go(func() { p.reload(ctx) })
+	defer reloading.Wait()
+	defer cancel()
 	retry := minRetry
 	for connected := false; ; {
 		err := p.serve(ctx)
@@ -123,7 +133,8 @@ func Run(ctx context.Context, o Options) error {
 type plugin struct {
 	Options
 
-	// turn is of one event of the runtime at a time. Nothing waits for a merge in it.
+	// turn is of whoever tells the engine of containers: it is of one event of the
+	// runtime, or one reload, at a time. Nothing waits for a merge in it.
 	turn sync.Mutex
 	// subjects are all containers that the runtime has told of, by their ids. They and
 	// what follows are protected by turn.

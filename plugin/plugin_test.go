@@ -192,15 +192,19 @@ func (r *runtime) create(t *testing.T, c *api.Container) *api.ContainerAdjustmen
 // start runs the plugin, and returns what waits for its end.
 func start(t *testing.T, dir string, c *config.Config, e Engine) (stop func() error, log *logtest.Hook) {
 	t.Helper()
+	return startWith(t, dir, Options{Config: c, Engine: e})
+}
+
+func startWith(t *testing.T, dir string, o Options, hooks ...logrus.Hook) (stop func() error, log *logtest.Hook) {
+	t.Helper()
 	logger, hook := logtest.NewNullLogger()
+	for _, hook := range hooks {
+		logger.AddHook(hook)
+	}
+	o.Name, o.Index, o.Socket, o.Dir, o.Interface, o.Log = "selective-ksm", "90", filepath.Join(dir, "nri.sock"), own(dir), "sysfs", logger
 	ctx, cancel := context.WithCancel(t.Context())
 	ended := make(chan error, 1)
-	go func() {
-		ended <- Run(ctx, Options{
-			Name: "selective-ksm", Index: "90", Socket: filepath.Join(dir, "nri.sock"),
-			Config: c, Dir: own(dir), Engine: e, Interface: "sysfs", Log: logger,
-		})
-	}()
+	go func() { ended <- Run(ctx, o) }()
 	return sync.OnceValue(func() error {
 		cancel()
 		return <-ended

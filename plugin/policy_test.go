@@ -5,7 +5,9 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"strings"
 	"testing"
+	"time"
 
 	"github.com/containerd/nri/pkg/api"
 	"github.com/sirupsen/logrus"
@@ -177,4 +179,94 @@ func TestBadAnnotations(t *testing.T) {
 	if err := p.RemovePodSandbox(t.Context(), pod); err != nil || len(p.ignored) != 0 || len(p.subjects) != 0 {
 		t.Errorf("kept %v, %v, %v", p.ignored, p.subjects, err)
 	}
+}
+
+// outcomes hears what the plugin says of each reload.
+type outcomes chan string
+
+func (o outcomes) Levels() []logrus.Level { return logrus.AllLevels }
+
+func (o outcomes) Fire(e *logrus.Entry) error {
+	if strings.HasPrefix(e.Message, "configuration is") {
+		o <- fmt.Sprint(e.Message, ": ", e.Data["error"])
+	}
+	return nil
+}
+
+func (o outcomes) expect(t *testing.T, want string) {
+	t.Helper()
+	select {
+	case got := <-o:
+		if got != want {
+			t.Errorf("said %s, want %s", got, want)
+		}
+	case <-time.After(30 * time.Second):
+		t.Fatalf("did not say: %s", want)
+	}
+}
+
+// A configuration is taken whole or not at all, and containers that are there already
+// get what it gives them.
+func TestReload(t *testing.T) {
+	dir := t.TempDir()
+	c := configuration(t)
+	r := startRuntime(t, dir, []*api.PodSandbox{pod()}, []*api.Container{
+		ctr("made", api.ContainerState_CONTAINER_CREATED, "sh"), ctr("run", api.ContainerState_CONTAINER_RUNNING, "sh"),
+	})
+	defer r.Stop()
+	e := &recorder{optsIn: true}
+	reload, loaded, unfit := make(chan struct{}), make(chan config.Config), make(chan error, 1)
+	said := make(outcomes, 1)
+	stop, _ := startWith(t, dir, Options{Config: &c, Engine: e, Reload: reload,
+		Load: func() (config.Config, error) {
+			select {
+			case err := <-unfit:
+				return config.Config{}, err
+			case c := <-loaded:
+				return c, nil
+			}
+		},
+		Apply: func(c config.Config) error {
+			e.record("apply %s", c.PartitionBy)
+			if c.LogFile != "" {
+				return errors.New("logFile: it is a directory")
+			}
+			return nil
+		},
+	}, said)
+	defer stop()
+	r.wait(t)
+	r.create(t, ctr("new", 0, "sh"))
+	if err := r.PostStartContainer(t.Context(), &api.PostStartContainerRequest{Pod: pod(), Container: ctr("made", 0)}); err != nil {
+		t.Fatal(err)
+	}
+	expect(t, e, "reconcile [made] [run]", "add new to "+podOf, "start made")
+
+	const stays = "configuration is not reloaded, and stays as it was: "
+	narrow := c
+	narrow.PartitionBy = config.ScopeContainer
+	reload <- struct{}{}
+	loaded <- narrow
+	said.expect(t, "configuration is reloaded: <nil>")
+	expect(t, e, "apply container", "reconcile [new] [made,run]")
+	if e.last[1].Partition != "sksm-ctr-acba25512100f80b56fc3c" {
+		t.Errorf("partition is %s", e.last[1].Partition)
+	}
+
+	reload <- struct{}{}
+	unfit <- errors.New("line 1: no")
+	said.expect(t, stays+"line 1: no")
+	bad := c
+	bad.LogFile = "/"
+	reload <- struct{}{}
+	loaded <- bad
+	said.expect(t, stays+"logFile: it is a directory")
+	bad = c
+	bad.OptIn, bad.Wrapper = config.OptInWrapper, "/nowhere"
+	reload <- struct{}{}
+	loaded <- bad
+	said.expect(t, stays+"wrapper: stat /nowhere: no such file or directory")
+	// What was refused has changed nothing.
+	r.create(t, ctr("newer", 0, "sh"))
+	expect(t, e, "apply pod", "add newer to sksm-ctr-804f51f71254c4081e37e7")
 }
