@@ -8,7 +8,7 @@ import (
 	"time"
 )
 
-var errRemoval = errors.New("no memory")
+var errNoMemory = errors.New("no memory")
 
 // A partition is merged as often as the most eager of its members asks for.
 func TestIntervalOfMembers(t *testing.T) {
@@ -116,7 +116,7 @@ func TestOnDemandAfterAMove(t *testing.T) {
 		b.Start("a")
 		b.failWith(func(call string) error {
 			if call == "remove own-old" {
-				return errRemoval
+				return errNoMemory
 			}
 			return nil
 		})
@@ -197,6 +197,16 @@ func TestOutside(t *testing.T) {
 		b.StopSandbox("sandbox")
 		if len(b.outside) != 0 {
 			t.Errorf("outside are %v", b.outside)
+		}
+
+		// So is one that the kernel has no partition for, until it is gone.
+		b.failWith(func(string) error { return errNoMemory })
+		if err := b.Add(b.Context(), b.container("d", "own-2", 13)); !errors.Is(err, errNoMemory) || len(b.outside) != 1 {
+			t.Errorf("refused with %v, outside are %v", err, b.outside)
+		}
+		b.failWith(nil)
+		if err := b.Reconcile(nil, nil); err != nil || len(b.outside) != 0 {
+			t.Errorf("outside are %v, %v", b.outside, err)
 		}
 	})
 }
