@@ -20,9 +20,11 @@ import (
 	"github.com/sirupsen/logrus"
 
 	"github.com/selective-ksm/selective-ksm/config"
+	"github.com/selective-ksm/selective-ksm/config/watch"
 	"github.com/selective-ksm/selective-ksm/engine"
 	"github.com/selective-ksm/selective-ksm/engine/budget"
 	"github.com/selective-ksm/selective-ksm/engine/control"
+	"github.com/selective-ksm/selective-ksm/engine/kernel"
 	"github.com/selective-ksm/selective-ksm/engine/kernel/detect"
 	"github.com/selective-ksm/selective-ksm/engine/kernel/mainline"
 	kernelsyscall "github.com/selective-ksm/selective-ksm/engine/kernel/syscall"
@@ -30,7 +32,7 @@ import (
 	"github.com/selective-ksm/selective-ksm/plugin"
 )
 
-const usage = `selective-ksm merges the identical memory of containers, inside their pod only.
+const usage = `selective-ksm merges the identical memory of containers, inside of partitions only.
 
   selective-ksm plugin [-config FILE] [-name NAME] [-idx NN] [-socket PATH]
         run as an NRI plugin that connects to the container runtime
@@ -170,7 +172,7 @@ func runPlugin(args []string) error {
 		Settings: settings(cfg),
 		Log:      log,
 	})
-	o.Log, o.Dir = log, engine.RunDir
+	o.Log, o.Dir, o.Interface = log, engine.RunDir, interfaceOf(found)
 	o.Engine = reporting{e, sync.OnceFunc(func() {
 		for _, f := range detect.Probe(lookFor(cfg)) {
 			log.Info("interface " + f.String())
@@ -178,15 +180,34 @@ func runPlugin(args []string) error {
 		log.WithFields(logrus.Fields{"version": currentVersion(), "kernel": detail}).Info("started")
 	})}
 	o.Apply = func(c config.Config) error {
+		if path == "" && !reflect.DeepEqual(lookFor(c), lookFor(cfg)) {
+			log.Warn("interface, syscalls and mainlinePartition are taken from a file that -config names, not from the runtime")
+		}
 		if err := setLog(log, c); err != nil {
 			return err
-		}
-		if !reflect.DeepEqual(lookFor(c), lookFor(cfg)) {
-			log.Warn("interface, syscalls and mainlinePartition are taken from a file that -config names, not from the runtime")
 		}
 		e.Configure(settings(c))
 		return nil
 	}
+	o.Load = func() (config.Config, error) {
+		c, err := load(path)
+		switch {
+		case err != nil:
+			return c, err
+		case path == "":
+			return c, errors.New("it is the runtime's: start the plugin with -config to have it read anew")
+		case !reflect.DeepEqual(lookFor(c), lookFor(cfg)):
+			return c, fmt.Errorf("%s: interface, syscalls or mainlinePartition is another than at the start: start the plugin anew for that", path)
+		}
+		if out, err := openLog(c); err != nil {
+			return c, fmt.Errorf("%s: %w", path, err)
+		} else if out != os.Stderr {
+			return c, out.Close()
+		}
+		return c, nil
+	}
+	reload := make(chan struct{})
+	o.Reload = reload
 
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
@@ -198,9 +219,28 @@ func runPlugin(args []string) error {
 			log.WithError(err).Error("merge and status do not work")
 		}
 	})
+	running.Go(func() { watch.Signal(ctx, syscall.SIGHUP, reload) })
+	if path != "" {
+		running.Go(func() {
+			if err := watch.File(ctx, path, reload); err != nil {
+				log.WithError(err).Warn("configuration is reloaded on SIGHUP only")
+			}
+		})
+	}
 	defer running.Wait()
 	defer cancel()
 	return plugin.Run(ctx, o)
+}
+
+// interfaceOf names an interface as the configuration does.
+func interfaceOf(k kernel.Kernel) string {
+	switch k.(type) {
+	case *mainline.Kernel:
+		return string(config.InterfaceMainline)
+	case *kernelsyscall.Kernel:
+		return string(config.InterfaceSyscall)
+	}
+	return string(config.InterfaceSysfs)
 }
 
 // reporting is an engine that says what the kernel has when the runtime is there. A
@@ -247,7 +287,6 @@ func settings(c config.Config) engine.Settings {
 			Total: c.Budget, Partition: c.PartitionBudget, Window: c.BudgetWindow, Workers: c.Workers,
 		},
 		Pressure: engine.Pressure(c.Pressure),
-		Secrets:  c.Secrets,
 		Zero:     c.ZeroPages,
 		Dirty:    c.Incremental == config.BySoftDirty,
 		OptedIn:  c.OptIn == config.OptInWrapper,
@@ -287,15 +326,30 @@ func runStatus(args []string) error {
 // millis is RFC 3339 to the millisecond: merges are often shorter than a second.
 const millis = "2006-01-02T15:04:05.000Z07:00"
 
-// setLog makes the log as it is configured, or leaves it as it was.
+// openLog opens what the log goes to.
+func openLog(c config.Config) (*os.File, error) {
+	if c.LogFile == "" {
+		return os.Stderr, nil
+	}
+	file, err := os.OpenFile(c.LogFile, os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o640)
+	if err != nil {
+		return nil, fmt.Errorf("logFile: %w: name a file that can be written", err)
+	}
+	return file, nil
+}
+
+// setLog makes the log as it is configured, or leaves it as it was. A file is opened
+// anew, as the one before may have been moved away.
 func setLog(log *logrus.Logger, c config.Config) error {
-	if c.LogFile != "" {
-		// Open until the process ends: a configuration comes only once.
-		file, err := os.OpenFile(c.LogFile, os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o640)
-		if err != nil {
-			return fmt.Errorf("logFile: %w: name a file that can be written", err)
-		}
-		log.SetOutput(file)
+	out, err := openLog(c)
+	if err != nil {
+		return err
+	}
+	before := log.Out
+	log.SetOutput(out)
+	if file, ok := before.(*os.File); ok && file != os.Stderr {
+		// There is nowhere to say that this failed, and nothing to be done.
+		_ = file.Close()
 	}
 	// The configuration has been checked for a level that there is.
 	if level, err := logrus.ParseLevel(c.LogLevel); err == nil {

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -22,10 +23,16 @@ import (
 type Scope string
 
 const (
-	// ScopePod gives the containers of one pod sandbox a partition together.
-	ScopePod Scope = "pod"
 	// ScopeContainer gives each container a partition of its own.
 	ScopeContainer Scope = "container"
+	// ScopePod gives the containers of one pod sandbox a partition together.
+	ScopePod Scope = "pod"
+	// ScopeGroup gives those containers of a Kubernetes namespace a partition together
+	// that name the same group, and others that of their pod.
+	ScopeGroup Scope = "group"
+	// ScopeNamespace gives the containers of a Kubernetes namespace a partition
+	// together.
+	ScopeNamespace Scope = "namespace"
 )
 
 // Interface is how the kernel is asked to merge.
@@ -90,8 +97,14 @@ const (
 // Config is the configuration of the daemon. Its zero value is not valid: start
 // from [Default].
 type Config struct {
-	// PartitionBy is the scope of the partitions.
+	// PartitionBy is the scope of the partitions: the widest that a container can ask
+	// for, but for shared groups.
 	PartitionBy Scope
+	// SharedGroups are the groups that reach beyond one namespace, by their names, each
+	// with patterns of the namespaces whose containers may join it.
+	SharedGroups map[string][]string
+	// Pods are the rules of which pods are merged.
+	Pods Pods
 	// Interface is how the kernel is asked.
 	Interface Interface
 	// Syscalls are the numbers of ksm_open and ksm_merge. Empty means those that the
@@ -152,6 +165,7 @@ var logLevels = []string{"error", "warning", "info", "debug"}
 func Default() Config {
 	return Config{
 		PartitionBy:     ScopePod,
+		Pods:            Pods{Namespaces: Rule{Exclude: []string{"kube-system"}}},
 		Interface:       InterfaceAuto,
 		StartDelays:     []time.Duration{0, 10 * time.Second, time.Minute},
 		Interval:        10 * time.Minute,
@@ -171,8 +185,10 @@ func Default() Config {
 // configuration, or says what would have been right.
 var fields = map[string]func(*Config, *yaml.Node) error{
 	"partitionBy": func(c *Config, n *yaml.Node) error {
-		return oneOf(n, &c.PartitionBy, ScopePod, ScopeContainer)
+		return oneOf(n, &c.PartitionBy, widths...)
 	},
+	"sharedGroups": sharedGroups,
+	"pods":         func(c *Config, n *yaml.Node) error { return mapping(n, &c.Pods, podFields) },
 	"startDelays": func(c *Config, n *yaml.Node) error {
 		if n.Kind != yaml.SequenceNode || len(n.Content) > maxStartDelays {
 			return fmt.Errorf("%s is not right: write a list of at most %d durations, such as [1s, 10s]", shown(n), maxStartDelays)
@@ -241,10 +257,10 @@ var fields = map[string]func(*Config, *yaml.Node) error{
 		return oneOf(n, &c.OptIn, OptInAuto, OptInWrapper)
 	},
 	"wrapper": func(c *Config, n *yaml.Node) error {
-		return path(n, &c.Wrapper, "the selective-ksm binary, or \"\" for the one that runs")
+		return absolutePath(n, &c.Wrapper, "the selective-ksm binary, or \"\" for the one that runs")
 	},
 	"logFile": func(c *Config, n *yaml.Node) error {
-		return path(n, &c.LogFile, "a file, or \"\" for standard error")
+		return absolutePath(n, &c.LogFile, "a file, or \"\" for standard error")
 	},
 	"logLevel": func(c *Config, n *yaml.Node) error {
 		return oneOf(n, &c.LogLevel, logLevels...)
@@ -289,37 +305,52 @@ func Parse(data []byte) (Config, error) {
 	if root.Kind == yaml.ScalarNode && root.Tag == "!!null" {
 		return c, nil
 	}
-	if root.Kind != yaml.MappingNode {
-		return Config{}, fmt.Errorf("line %d: %s is not a mapping: write lines of the form key: value", root.Line, shown(root))
-	}
-	seen := map[string]bool{}
-	for pair := range slices.Chunk(root.Content, 2) {
-		key, value := pair[0], pair[1]
-		read, known := fields[key.Value]
-		switch {
-		case !known:
-			return Config{}, fmt.Errorf("line %d: %s: unknown key: known are %s", key.Line, key.Value, strings.Join(fieldNames(), ", "))
-		case seen[key.Value]:
-			return Config{}, fmt.Errorf("line %d: %s: given twice: keep one", key.Line, key.Value)
-		}
-		seen[key.Value] = true
-		if value.Kind == yaml.AliasNode {
-			value = value.Alias
-		}
-		if err := read(&c, value); err != nil {
-			return Config{}, fmt.Errorf("line %d: %s: %w", key.Line, key.Value, err)
-		}
+	if err := mapping(root, &c, fields); errors.As(err, new(*keyError)) {
+		return Config{}, err
+	} else if err != nil {
+		return Config{}, fmt.Errorf("line %d: %w", root.Line, err)
 	}
 	return c, nil
 }
 
-func fieldNames() []string {
-	names := make([]string, 0, len(fields))
-	for name := range fields {
-		names = append(names, name)
+// keyError is what is wrong with the value of a key.
+type keyError struct {
+	line int
+	key  string // with the keys that it is below of
+	err  error
+}
+
+func (e *keyError) Error() string { return fmt.Sprintf("line %d: %s: %v", e.line, e.key, e.err) }
+func (e *keyError) Unwrap() error { return e.err }
+
+// mapping reads the keys of a mapping. Errors of one of them are a [*keyError].
+func mapping[T any](n *yaml.Node, into *T, fields map[string]func(*T, *yaml.Node) error) error {
+	if n.Kind != yaml.MappingNode {
+		return fmt.Errorf("%s is not a mapping: write lines of the form key: value", shown(n))
 	}
-	slices.Sort(names)
-	return names
+	seen := map[string]bool{}
+	for pair := range slices.Chunk(n.Content, 2) {
+		key, value := pair[0], pair[1]
+		read, known := fields[key.Value]
+		var err error
+		switch {
+		case !known:
+			err = fmt.Errorf("unknown key: known are %s", strings.Join(slices.Sorted(maps.Keys(fields)), ", "))
+		case seen[key.Value]:
+			err = errors.New("given twice: keep one")
+		case value.Kind == yaml.AliasNode:
+			err = read(into, value.Alias)
+		default:
+			err = read(into, value)
+		}
+		seen[key.Value] = true
+		if below := (*keyError)(nil); errors.As(err, &below) {
+			return &keyError{below.line, key.Value + "." + below.key, below.err}
+		} else if err != nil {
+			return &keyError{key.Line, key.Value, err}
+		}
+	}
+	return nil
 }
 
 func oneOf[T ~string](n *yaml.Node, into *T, allowed ...T) error {
@@ -346,7 +377,7 @@ func duration(n *yaml.Node, into *time.Duration, least time.Duration) error {
 	return nil
 }
 
-func path(n *yaml.Node, into *string, of string) error {
+func absolutePath(n *yaml.Node, into *string, of string) error {
 	switch {
 	case n.Kind == yaml.ScalarNode && filepath.IsAbs(n.Value):
 		*into = filepath.Clean(n.Value)

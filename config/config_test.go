@@ -40,6 +40,22 @@ func TestParse(t *testing.T) {
 				c.Pressure, c.Secrets, c.ZeroPages, c.Incremental = PressurePod, true, true, BySoftDirty
 			}),
 		},
+		"policy": {
+			yaml: "partitionBy: namespace\nsharedGroups:\n  web: [shop, team-*]\n  none: []\npods:\n  namespaces: {include: ['*'], exclude: []}\n" +
+				"  runtimeHandlers:\n    exclude: [kata*]\n  labels: {include: ['app.kubernetes.io/name=web-?', tier=]}\n  hostPID: true\n  privileged: true\n  onlyAnnotated: true\n",
+			want: with(func(c *Config) {
+				c.PartitionBy, c.SharedGroups = ScopeNamespace, map[string][]string{"web": {"shop", "team-*"}, "none": nil}
+				c.Pods = Pods{
+					Namespaces: Rule{Include: []string{"*"}}, RuntimeHandlers: Rule{Exclude: []string{"kata*"}},
+					Labels:  Rule{Include: []string{"app.kubernetes.io/name=web-?", "tier="}},
+					HostPID: true, Privileged: true, OnlyAnnotated: true,
+				}
+			}),
+		},
+		"included, and kube-system out as before": {
+			yaml: "pods: {namespaces: {include: [shop]}}",
+			want: with(func(c *Config) { c.Pods.Namespaces.Include = []string{"shop"} }),
+		},
 		"alias": {
 			yaml: "startDelays: [&d 5s]\ninterval: *d",
 			want: with(func(c *Config) { c.StartDelays = []time.Duration{5 * time.Second}; c.Interval = 5 * time.Second }),
@@ -47,15 +63,15 @@ func TestParse(t *testing.T) {
 
 		"unknown key": {
 			yaml: "interval: 1m\npartitonBy: pod\n",
-			err:  "line 2: partitonBy: unknown key: known are budget, budgetWindow, incremental, interface, interval, logFile, logFormat, logLevel, mainlinePartition, maxInterval, optIn, partitionBudget, partitionBy, pressure, secrets, startDelays, syscalls, workers, wrapper, zeroPages",
+			err:  "line 2: partitonBy: unknown key: known are budget, budgetWindow, incremental, interface, interval, logFile, logFormat, logLevel, mainlinePartition, maxInterval, optIn, partitionBudget, partitionBy, pods, pressure, secrets, sharedGroups, startDelays, syscalls, workers, wrapper, zeroPages",
 		},
 		"key twice":            {yaml: "interval: 1m\ninterval: 2m\n", err: "line 2: interval: given twice: keep one"},
 		"not a mapping":        {yaml: "- interval", err: "line 1: a list is not a mapping: write lines of the form key: value"},
 		"not YAML":             {yaml: "interval: [1m\n", err: "not YAML: line 1: did not find expected ',' or ']'"},
 		"two documents":        {yaml: "interval: 1m\n---\ninterval: 2m\n", err: "more than one YAML document: keep one"},
-		"scope":                {yaml: "partitionBy: node", err: `line 1: partitionBy: "node" is not known: write pod or container`},
-		"scope of no value":    {yaml: "partitionBy:", err: "line 1: partitionBy: an empty value is not known: write pod or container"},
-		"scope of a list":      {yaml: "partitionBy: [pod]", err: "line 1: partitionBy: a list is not known: write pod or container"},
+		"scope":                {yaml: "partitionBy: node", err: `line 1: partitionBy: "node" is not known: write container or pod or group or namespace`},
+		"scope of no value":    {yaml: "partitionBy:", err: "line 1: partitionBy: an empty value is not known: write container or pod or group or namespace"},
+		"scope of a list":      {yaml: "partitionBy: [pod]", err: "line 1: partitionBy: a list is not known: write container or pod or group or namespace"},
 		"interval, no unit":    {yaml: "interval: 10", err: `line 1: interval: "10" is not a duration: write a number with a unit, such as 90s or 10m`},
 		"interval, mapping":    {yaml: "interval: {a: 1}", err: "line 1: interval: a mapping is not a duration: write a number with a unit, such as 90s or 10m"},
 		"interval too short":   {yaml: "interval: 0s", err: `line 1: interval: "0s" is too short: write 1s or more`},
@@ -72,6 +88,17 @@ func TestParse(t *testing.T) {
 		"workers":              {yaml: "workers: 0", err: `line 1: workers: "0" is not right: write a number from 1 to 64`},
 		"secrets":              {yaml: "secrets: yes", err: `line 1: secrets: "yes" is not known: write true or false`},
 		"opt-in":               {yaml: "optIn: never", err: `line 1: optIn: "never" is not known: write auto or wrapper`},
+		"pods of a list":       {yaml: "pods: [shop]", err: "line 1: pods: a list is not a mapping: write lines of the form key: value"},
+		"unknown rule":         {yaml: "pods:\n  hostPid: true\n", err: "line 2: pods.hostPid: unknown key: known are hostPID, labels, namespaces, onlyAnnotated, privileged, runtimeHandlers"},
+		"rule twice":           {yaml: "pods:\n  hostPID: true\n  hostPID: false\n", err: "line 3: pods.hostPID: given twice: keep one"},
+		"pattern":              {yaml: "pods:\n  namespaces:\n    exclude: [a, '[']\n", err: `line 3: pods.namespaces.exclude: "[" is not a pattern: write a name, in which * is any text and ? any character`},
+		"pattern of no list":   {yaml: "pods: {namespaces: {include: shop}}", err: `line 1: pods.namespaces.include: "shop" is not a list: write one of patterns, such as [shop, team-*]`},
+		"pattern of a mapping": {yaml: "pods: {runtimeHandlers: {include: [{a: b}]}}", err: `line 1: pods.runtimeHandlers.include: a mapping is not a pattern: write a name, in which * is any text and ? any character`},
+		"label":                {yaml: "pods: {labels: {include: [web]}}", err: `line 1: pods.labels.include: "web" is not right: write a label's key and a pattern for its value, such as app=web-*`},
+		"name of a group":      {yaml: "sharedGroups: {-web: [shop]}", err: `line 1: sharedGroups: "-web" is not the name of a group: write up to 63 letters, digits, '.', '_' and '-'`},
+		"shared group twice":   {yaml: "sharedGroups:\n  web: [shop]\n  web: [bank]\n", err: "line 3: sharedGroups.web: given twice: keep one"},
+		"shared groups, list":  {yaml: "sharedGroups: [web]", err: `line 1: sharedGroups: a list is not a mapping: write the name of a group and a list of namespaces, such as web: [shop, team-*]`},
+		"namespaces, scalar":   {yaml: "sharedGroups: {web: shop}", err: `line 1: sharedGroups.web: "shop" is not a list: write one of patterns, such as [shop, team-*]`},
 		"log file of no value": {yaml: "logFile:", err: `line 1: logFile: an empty value is not an absolute path: write the path of a file, or "" for standard error`},
 		"log level":            {yaml: "logLevel: loud", err: `line 1: logLevel: "loud" is not known: write error or warning or info or debug`},
 	} {

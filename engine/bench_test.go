@@ -83,7 +83,7 @@ func BenchmarkRound(b *testing.B) {
 	}
 	for _, p := range partitions {
 		p.merge(b.Context())
-		for _, m := range p.running() {
+		for _, m := range p.running(true) {
 			if len(m.seen) != 1 {
 				b.Fatalf("%s was not merged: %v", m.ID, m.reason)
 			}

@@ -20,6 +20,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"slices"
 	"sync"
@@ -43,8 +44,16 @@ type Container struct {
 	// CgroupsPath is its cgroup, in a form that package cgroup knows. All processes
 	// in that cgroup are the container's.
 	CgroupsPath string
-	// Partition is the name of its partition.
+	// Partition is the name of its partition. Empty means that it is in none: the
+	// engine knows it then only not to take its processes for the machine's.
 	Partition string
+	// Interval is how often it is to be merged: its partition has the least of its
+	// members' intervals. Zero means that of [Settings].
+	Interval time.Duration
+	// OnDemand has it merged by [Engine.Merge] only.
+	OnDemand bool
+	// Secrets offers memory that its programs have marked as secret.
+	Secrets bool
 }
 
 // Pressure is whose scarcity of memory brings merges forward.
@@ -66,15 +75,13 @@ type Settings struct {
 	// merged.
 	StartDelays []time.Duration
 	// Interval is the time from the end of one merge of a partition to its next, and
-	// up to a tenth more. After a merge that saved little it is twice that of before,
-	// up to MaxInterval.
+	// up to a tenth more, unless its containers ask for another. After a merge that
+	// saved little it is twice that of before, up to MaxInterval.
 	Interval, MaxInterval time.Duration
 	// Budget is what merging may cost.
 	Budget budget.Limits
 	// Pressure brings merges forward.
 	Pressure Pressure
-	// Secrets offers memory that programs have marked as secret.
-	Secrets bool
 	// Zero offers zero pages that were never written.
 	Zero bool
 	// Dirty has later merges offer what was written to since the one before, as the
@@ -117,7 +124,8 @@ type Engine struct {
 	mu         sync.Mutex
 	ctx        context.Context // of Run; nil before and after it
 	partitions map[string]*partition
-	members    map[string]*member // by the container's id
+	members    map[string]*member   // by the container's id
+	outside    map[string]Container // those in no partition, by their ids
 	settings   Settings
 	// relieved is when merges were last brought forward for the node.
 	relieved time.Time
@@ -164,6 +172,7 @@ func New(o Options) *Engine {
 		budget:     budget.New(o.Settings.Budget),
 		partitions: map[string]*partition{},
 		members:    map[string]*member{},
+		outside:    map[string]Container{},
 		settings:   o.Settings,
 	}
 }
@@ -218,6 +227,9 @@ func (e *Engine) Add(ctx context.Context, c Container) error {
 	e.mu.Lock()
 	p := e.join(c)
 	e.mu.Unlock()
+	if p == nil {
+		return nil
+	}
 
 	select {
 	case <-p.tried:
@@ -231,6 +243,7 @@ func (e *Engine) Add(ctx context.Context, c Container) error {
 	}
 	if !errors.Is(p.refused, kernel.ErrKeptOut) {
 		e.stop(c.ID)
+		e.outside[c.ID] = c
 	}
 	return fmt.Errorf("container %s: %w", c.ID, p.refused)
 }
@@ -261,11 +274,13 @@ func (e *Engine) StopSandbox(sandboxID string) {
 			e.stop(id)
 		}
 	}
+	maps.DeleteFunc(e.outside, func(_ string, c Container) bool { return c.SandboxID == sandboxID })
 }
 
 // Merge merges a partition as soon as the budget allows, and all of it, whether it
-// has changed or not; the empty name is that of all. It does not wait for that. It
-// returns [kernel.ErrNoPartition] where the engine has none of that name.
+// has changed or not, with those of its members that are merged on demand; the empty
+// name is that of all. It does not wait for that. It returns [kernel.ErrNoPartition]
+// where the engine has none of that name.
 func (e *Engine) Merge(name string) error {
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -282,9 +297,9 @@ func (e *Engine) Merge(name string) error {
 }
 
 // Reconcile takes over what the runtime says exists: containers that were created
-// and those that run become members, those that are neither are stopped, and
-// partitions of ours that nobody needs are removed. The error says that the
-// kernel's partitions could not be listed; all else is done then.
+// and those that run become members if they have a partition, those that are neither
+// are stopped, and partitions of ours that nobody needs are removed. The error says
+// that the kernel's partitions could not be listed; all else is done then.
 func (e *Engine) Reconcile(created, running []Container) error {
 	existing, err := e.kernel.Partitions()
 	if e.features.OneSpace {
@@ -311,6 +326,7 @@ func (e *Engine) Reconcile(created, running []Container) error {
 			e.stop(id)
 		}
 	}
+	maps.DeleteFunc(e.outside, func(id string, _ Container) bool { return !known[id] })
 	for _, name := range existing {
 		if e.owned(name) {
 			// The worker of a partition without members removes it.
@@ -358,8 +374,15 @@ func (e *Engine) anyMergeable(cgroupsPath string) (bool, error) {
 	return found, nil
 }
 
-// join makes a container a member. e.mu is held.
+// join makes a container a member. It returns nil if that is of no partition. e.mu
+// is held.
 func (e *Engine) join(c Container) *partition {
+	if c.Partition == "" {
+		e.stop(c.ID)
+		e.outside[c.ID] = c
+		return nil
+	}
+	delete(e.outside, c.ID)
 	var before chan struct{}
 	if m := e.members[c.ID]; m != nil {
 		if m.Container == c {
@@ -401,6 +424,11 @@ func (e *Engine) start(id string) {
 	}
 	p := m.partition
 	m.started = time.Now()
+	e.watch(m)
+	p.poke()
+	if m.OnDemand {
+		return
+	}
 	for _, d := range e.settings.StartDelays {
 		p.due = append(p.due, m.started.Add(d))
 	}
@@ -408,12 +436,11 @@ func (e *Engine) start(id string) {
 	if next := m.started.Add(p.pause()); p.next.IsZero() || p.next.After(next) {
 		p.next = next
 	}
-	e.watch(m)
-	p.poke()
 }
 
 // stop takes a member out. e.mu is held.
 func (e *Engine) stop(id string) {
+	delete(e.outside, id)
 	m := e.members[id]
 	if m == nil {
 		return

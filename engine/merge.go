@@ -58,6 +58,8 @@ type pass struct {
 	failures int
 	// unchanged is that the result is that of the last merge.
 	unchanged bool
+	// waits is that the container's memory is still in another partition.
+	waits bool
 }
 
 // merge merges all members that run, and logs what came of it. It returns early
@@ -69,9 +71,10 @@ func (p *partition) merge(ctx context.Context) {
 	due := len(p.due)
 	p.due = slices.DeleteFunc(p.due, func(t time.Time) bool { return !t.After(now) })
 	// What is due besides the interval is so because something has changed.
-	full := p.full || len(p.due) < due || p.passes%fullEvery == 0
+	demanded := p.full
+	full := demanded || len(p.due) < due || p.passes%fullEvery == 0
 	p.full = false
-	members := p.running()
+	members := p.running(demanded)
 	var failures []int
 	for _, m := range members {
 		failures = append(failures, m.failures)
@@ -79,12 +82,21 @@ func (p *partition) merge(ctx context.Context) {
 	settings := e.settings
 	e.mu.Unlock()
 	p.passes++
+	done := false
+	defer func() {
+		if demanded && !done {
+			e.mu.Lock()
+			p.full = true
+			e.mu.Unlock()
+		}
+	}()
 
 	if e.features.OneSpace && !p.alone(ctx) {
 		p.putOff()
 		return
 	}
 	var passes []*pass
+	waiting := false
 	defer func() {
 		for _, m := range passes {
 			for _, proc := range m.merged {
@@ -99,6 +111,7 @@ func (p *partition) merge(ctx context.Context) {
 		if !p.exists || p.spoilt || ctx.Err() != nil {
 			return
 		}
+		waiting = waiting || one.waits
 	}
 	offered := slices.ContainsFunc(passes, func(s *pass) bool { return len(s.merged) > 0 })
 	if e.features.OneSpace && offered && !p.settle(ctx, members) {
@@ -107,6 +120,7 @@ func (p *partition) merge(ctx context.Context) {
 	for _, one := range passes {
 		one.member.seen = one.seen
 	}
+	done = !waiting
 	p.plan(passes)
 }
 
@@ -169,6 +183,7 @@ func (s *pass) run(ctx context.Context) {
 			p.engine.mu.Lock()
 			p.due = append(p.due, time.Now().Add(afterMove))
 			p.engine.mu.Unlock()
+			s.waits = true
 			return
 		}
 	}
@@ -243,7 +258,7 @@ func (s *pass) process(ctx context.Context, proc handle) bool {
 		}
 	}
 	o := memory.Options{
-		Secrets: s.settings.Secrets,
+		Secrets: s.member.Secrets,
 		Zero:    s.settings.Zero,
 		Dirty:   s.settings.Dirty && again && !s.full,
 		Exact:   e.features.PageByPage,

@@ -1,6 +1,7 @@
 package engine
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -40,7 +41,7 @@ type partition struct {
 	leaving  []*member   // were members and may have processes left
 	due      []time.Time // when to merge, besides next
 	next     time.Time   // when to merge by the interval; zero before a member runs
-	full     bool        // the next merge passes over nothing
+	full     bool        // the next merge is asked for: it passes over nothing and nobody
 	poor     int         // how many merges in a row saved little
 	expected float64     // bytes that the next merge is likely to save
 	relieved time.Time   // when it was last brought forward for its pod
@@ -68,7 +69,7 @@ func (p *partition) poke() {
 // bringForward makes a merge due at once, if there is anything to merge. Engine.mu is
 // held.
 func (p *partition) bringForward() {
-	if len(p.running()) == 0 {
+	if len(p.running(p.full)) == 0 {
 		return
 	}
 	p.due = append(p.due, time.Now())
@@ -78,10 +79,19 @@ func (p *partition) bringForward() {
 // pause is the time until the next merge by the interval. Engine.mu is held.
 func (p *partition) pause() time.Duration {
 	s := &p.engine.settings
-	d := s.Interval
+	least := never
+	for _, m := range p.members {
+		if !m.OnDemand {
+			least = min(least, cmp.Or(m.Interval, s.Interval))
+		}
+	}
+	if least == never {
+		least = s.Interval
+	}
+	d := least
 	for range p.poor {
 		if d *= 2; d >= s.MaxInterval {
-			d = max(s.MaxInterval, s.Interval)
+			d = max(s.MaxInterval, least)
 			break
 		}
 	}
@@ -200,8 +210,10 @@ func (p *partition) remove(ctx context.Context, leaving []*member) (wait time.Du
 	if p.engine.features.WideRemoval {
 		for _, other := range p.engine.partitions {
 			// It may have been unmerged too, or may have the merge space now.
-			other.full = true
-			other.poke()
+			if other != p {
+				other.bringForward()
+				other.poke()
+			}
 		}
 	}
 	return 0, true
@@ -253,7 +265,7 @@ var errTooLate = fmt.Errorf("%w: its containers were started while another parti
 // of it can still be opted in, or has been.
 func (p *partition) mayHold() bool {
 	p.engine.mu.Lock()
-	running, all := p.running(), len(p.members)
+	running, all := p.running(true), len(p.members)
 	p.engine.mu.Unlock()
 	if len(running) < all {
 		return true
@@ -316,7 +328,7 @@ func (p *partition) backoff() time.Duration {
 func (p *partition) untilDue() time.Duration {
 	p.engine.mu.Lock()
 	defer p.engine.mu.Unlock()
-	if len(p.running()) == 0 {
+	if len(p.running(p.full)) == 0 {
 		return never
 	}
 	wait := time.Until(p.next)
@@ -333,9 +345,12 @@ func (p *partition) again() {
 	p.due = append(p.due, time.Now())
 }
 
-// running are the members that run, in the order of their start. e.mu is held.
-func (p *partition) running() []*member {
-	running := slices.DeleteFunc(slices.Collect(maps.Values(p.members)), func(m *member) bool { return m.started.IsZero() })
+// running are the members that run, in the order of their start; those that are
+// merged on demand only if that is what is wanted. e.mu is held.
+func (p *partition) running(demanded bool) []*member {
+	running := slices.DeleteFunc(slices.Collect(maps.Values(p.members)), func(m *member) bool {
+		return m.started.IsZero() || m.OnDemand && !demanded
+	})
 	slices.SortFunc(running, func(a, b *member) int {
 		if order := a.started.Compare(b.started); order != 0 {
 			return order

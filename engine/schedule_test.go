@@ -132,13 +132,13 @@ func TestQuietProcessesArePassedOver(t *testing.T) {
 // By soft-dirty bits, only what was written to is offered, and each look begins anew.
 func TestDirty(t *testing.T) {
 	with(t, func(b *bench) {
-		b.configure(func(s *Settings) { s.StartDelays, s.Dirty, s.Secrets, s.Zero = nil, true, true, true })
+		b.configure(func(s *Settings) { s.StartDelays, s.Dirty, s.Zero = nil, true, true })
 		b.add(b.container("a", "own-1", 11))
 		b.Start("a")
 		time.Sleep(25 * time.Minute)
 		synctest.Wait()
 		o := b.options
-		if len(o) != 2 || o[0].Dirty || !o[1].Dirty || !o[0].Secrets || !o[0].Zero || o[0].Exact {
+		if len(o) != 2 || o[0].Dirty || !o[1].Dirty || !o[0].Zero || o[0].Exact {
 			t.Errorf("options are %+v", o)
 		}
 		if !slices.Equal(b.cleared, []int{11, 11}) {

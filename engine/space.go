@@ -15,7 +15,7 @@ func (p *partition) alone(ctx context.Context) bool {
 	e := p.engine
 	intruders, others, err := p.sharers(ctx)
 	e.mu.Lock()
-	members := p.running()
+	members := p.running(true)
 	e.mu.Unlock()
 	switch {
 	case ctx.Err() != nil:
@@ -85,6 +85,9 @@ func (e *Engine) owners() (map[int]*partition, error) {
 	}
 	for _, m := range e.members {
 		places = append(places, place{m.CgroupsPath, m.partition})
+	}
+	for _, c := range e.outside {
+		places = append(places, place{c.CgroupsPath, nobody})
 	}
 	e.mu.Unlock()
 	owner := map[int]*partition{}

@@ -42,7 +42,7 @@ type PartitionStatus struct {
 	Name string
 	// Reason is why the kernel has it not. It is empty if it has.
 	Reason string
-	// Next is when it is merged by the interval; zero if no container runs.
+	// Next is when it is merged by the interval; zero if no container runs that is.
 	Next time.Time
 	// Containers are its members, in the order of their ids.
 	Containers []ContainerStatus
@@ -54,7 +54,10 @@ func (e *Engine) Status() []PartitionStatus {
 	defer e.mu.Unlock()
 	all := []PartitionStatus{}
 	for _, p := range e.partitions {
-		s := PartitionStatus{Name: p.name, Next: p.next}
+		s := PartitionStatus{Name: p.name}
+		if len(p.running(false)) > 0 {
+			s.Next = p.next
+		}
 		if p.refused != nil {
 			s.Reason = p.refused.Error()
 		}

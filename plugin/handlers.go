@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/containerd/nri/pkg/api"
@@ -13,6 +15,15 @@ import (
 	"github.com/selective-ksm/selective-ksm/config"
 	"github.com/selective-ksm/selective-ksm/engine"
 	"github.com/selective-ksm/selective-ksm/engine/optin"
+)
+
+// What became of a container is in annotations of its own, where only the runtime can
+// read it: in its OCI configuration. We ourselves read none of them, as they may be of
+// another configuration or not be ours.
+const (
+	annotationPartition = "selective-ksm.dev/partition"
+	annotationInterface = "selective-ksm.dev/interface"
+	annotationNotMerged = "selective-ksm.dev/not-merged"
 )
 
 // binaryPath is where a container finds the program that opts it in.
@@ -58,71 +69,102 @@ func (p *plugin) Synchronize(_ context.Context, pods []*api.PodSandbox, containe
 	}
 	p.change(func(s *state) { maps.DeleteFunc(s.told, func(id, _ string) bool { return !there[id] }) })
 
-	var created, running []engine.Container
+	maps.DeleteFunc(p.ignored, func(id string, _ []config.Ignored) bool { return sandboxes[id] == nil })
+	clear(p.subjects)
+	var subjects []*subject
 	for _, ctr := range containers {
-		c, err := p.assign(sandboxes[ctr.GetPodSandboxId()], ctr)
-		if err != nil {
-			p.notMerged(sandboxes[ctr.GetPodSandboxId()], ctr, err)
-			continue
-		}
 		switch ctr.GetState() {
-		case api.ContainerState_CONTAINER_CREATED:
-			created = append(created, c)
-		case api.ContainerState_CONTAINER_RUNNING, api.ContainerState_CONTAINER_PAUSED:
-			running = append(running, c)
+		case api.ContainerState_CONTAINER_CREATED, api.ContainerState_CONTAINER_RUNNING, api.ContainerState_CONTAINER_PAUSED:
+			s := describe(sandboxes[ctr.GetPodSandboxId()], ctr)
+			p.subjects[ctr.GetId()] = s
+			subjects = append(subjects, s)
 		}
 	}
-	if err := p.Engine.Reconcile(created, running); err != nil {
+	created, running := p.reconcile(subjects)
+	p.change(func(s *state) { s.synchronized = true })
+	p.Log.WithFields(logrus.Fields{"created": created, "running": running}).Info("synchronized with the runtime")
+	return nil, nil
+}
+
+// reconcile has the engine take over all containers as policy has them now, and returns
+// how many it gave partitions to.
+func (p *plugin) reconcile(subjects []*subject) (created, running int) {
+	var lists [2][]engine.Container // created, running
+	var given [2]int
+	for _, s := range subjects {
+		c, err := p.assign(s)
+		list := 0
+		if s.running {
+			list = 1
+		}
+		if err != nil {
+			p.notMerged(s, err)
+		} else {
+			given[list]++
+		}
+		lists[list] = append(lists[list], c)
+	}
+	if err := p.Engine.Reconcile(lists[0], lists[1]); err != nil {
 		p.Log.WithError(err).Warn("partitions that are not needed any more stay")
 	}
-	p.change(func(s *state) { s.synchronized = true })
-	p.Log.WithFields(logrus.Fields{"created": len(created), "running": len(running)}).Info("synchronized with the runtime")
-	return nil, nil
+	return given[0], given[1]
 }
 
 // CreateContainer gives the container its partition, and puts the opt-in before its
 // command where the engine does not do that from outside.
 func (p *plugin) CreateContainer(ctx context.Context, pod *api.PodSandbox, ctr *api.Container) (*api.ContainerAdjustment, []*api.ContainerUpdate, error) {
-	adjustment, err := p.create(ctx, pod, ctr)
+	s := describe(pod, ctr)
+	p.subjects[ctr.GetId()] = s
+	adjustment, partition, err := p.create(ctx, s, ctr)
+	if adjustment == nil {
+		adjustment = &api.ContainerAdjustment{}
+	}
 	if err != nil {
-		p.notMerged(pod, ctr, err)
+		p.notMerged(s, err)
+		// What is not UTF-8 could not be sent.
+		adjustment.AddAnnotation(annotationNotMerged, strings.ToValidUTF8(err.Error(), "?"))
+	} else {
+		adjustment.AddAnnotation(annotationPartition, partition)
+		adjustment.AddAnnotation(annotationInterface, p.Interface)
 	}
 	return adjustment, nil, nil
 }
 
-func (p *plugin) create(ctx context.Context, pod *api.PodSandbox, ctr *api.Container) (*api.ContainerAdjustment, error) {
-	c, err := p.assign(pod, ctr)
-	if err != nil {
-		return nil, err
+func (p *plugin) create(ctx context.Context, s *subject, ctr *api.Container) (adjustment *api.ContainerAdjustment, partition string, err error) {
+	c, err := p.assign(s)
+	if err == nil && p.wraps(p.get().policy) {
+		adjustment, err = p.wrap(ctr)
 	}
-	var adjustment *api.ContainerAdjustment
-	if p.wraps(p.get().policy) {
-		if adjustment, err = p.wrap(ctr); err != nil {
-			return nil, err
-		}
+	if err != nil {
+		c.Partition = ""
 	}
 	ctx, cancel := context.WithTimeout(ctx, addTimeout)
 	defer cancel()
-	if err := p.Engine.Add(ctx, c); err != nil {
-		return nil, err
+	if refused := p.Engine.Add(ctx, c); refused != nil {
+		return nil, "", refused
 	}
-	return adjustment, nil
+	return adjustment, c.Partition, err
 }
 
 // PostStartContainer has the container merged.
 func (p *plugin) PostStartContainer(_ context.Context, _ *api.PodSandbox, ctr *api.Container) error {
+	if s := p.subjects[ctr.GetId()]; s != nil {
+		s.running = true
+	}
 	p.Engine.Start(ctr.GetId())
 	return nil
 }
 
 // StopContainer comes when the container's first process has ended, too.
 func (p *plugin) StopContainer(_ context.Context, _ *api.PodSandbox, ctr *api.Container) ([]*api.ContainerUpdate, error) {
+	delete(p.subjects, ctr.GetId())
 	p.Engine.Stop(ctr.GetId())
 	return nil, nil
 }
 
 // RemoveContainer comes for containers that were never started, too.
 func (p *plugin) RemoveContainer(_ context.Context, _ *api.PodSandbox, ctr *api.Container) error {
+	delete(p.subjects, ctr.GetId())
 	p.Engine.Stop(ctr.GetId())
 	p.change(func(s *state) { delete(s.told, ctr.GetId()) })
 	return nil
@@ -130,36 +172,55 @@ func (p *plugin) RemoveContainer(_ context.Context, _ *api.PodSandbox, ctr *api.
 
 // StopPodSandbox ends what is left of a pod.
 func (p *plugin) StopPodSandbox(_ context.Context, pod *api.PodSandbox) error {
-	p.Engine.StopSandbox(pod.GetId())
+	p.forget(pod)
 	return nil
 }
 
 // RemovePodSandbox ends what is left of a pod.
 func (p *plugin) RemovePodSandbox(_ context.Context, pod *api.PodSandbox) error {
-	p.Engine.StopSandbox(pod.GetId())
+	p.forget(pod)
 	return nil
 }
 
-// assign asks the policy for a container's partition. The error is the reason why
-// it has none.
-func (p *plugin) assign(pod *api.PodSandbox, ctr *api.Container) (engine.Container, error) {
-	cgroup := ctr.GetLinux().GetCgroupsPath()
-	partition, reason := p.get().policy.Assign(
-		config.Sandbox{ID: pod.GetId()},
-		config.Container{ID: ctr.GetId(), CgroupsPath: cgroup},
-	)
-	if partition == "" {
-		return engine.Container{}, errors.New(reason)
+func (p *plugin) forget(pod *api.PodSandbox) {
+	maps.DeleteFunc(p.subjects, func(_ string, s *subject) bool { return s.sandbox.ID == pod.GetId() })
+	delete(p.ignored, pod.GetId())
+	p.Engine.StopSandbox(pod.GetId())
+}
+
+// leftOut is why the configuration or its annotations leave a container out.
+type leftOut string
+
+func (e leftOut) Error() string { return string(e) }
+
+// assign asks the policy for a container's partition. If it has none, the error is the
+// reason why.
+func (p *plugin) assign(s *subject) (engine.Container, error) {
+	a := p.get().policy.Assign(s.sandbox, s.container)
+	for _, i := range a.Ignored {
+		p.doesNotCount(s, i)
 	}
-	return engine.Container{
-		ID:          ctr.GetId(),
-		Name:        ctr.GetName(),
-		Pod:         pod.GetName(),
-		Namespace:   pod.GetNamespace(),
-		SandboxID:   pod.GetId(),
-		CgroupsPath: cgroup,
-		Partition:   partition,
-	}, nil
+	c := s.engine
+	if a.Partition == "" {
+		return c, leftOut(a.Reason)
+	}
+	c.Partition, c.Interval, c.OnDemand, c.Secrets = a.Partition, a.Interval, a.OnDemand, a.Secrets
+	return c, nil
+}
+
+// doesNotCount logs an annotation whose value does not count, once for a pod, however
+// many containers it is for.
+func (p *plugin) doesNotCount(s *subject, i config.Ignored) {
+	id := s.sandbox.ID
+	if slices.Contains(p.ignored[id], i) {
+		return
+	}
+	p.ignored[id] = append(p.ignored[id], i)
+	p.ignoredCount++
+	p.Log.WithFields(logrus.Fields{
+		"pod": s.engine.Pod, "namespace": s.engine.Namespace, "container": s.engine.Name,
+		"annotation": i.Annotation, "value": i.Value, "count": p.ignoredCount,
+	}).Warn("annotation does not count: " + i.Why)
 }
 
 // wrap puts the opt-in before a container's command. It adjusts nothing where that
@@ -192,19 +253,23 @@ func (p *plugin) wrap(ctr *api.Container) (*api.ContainerAdjustment, error) {
 
 // notMerged logs why a container is left alone, once for each reason: the runtime
 // tells of all containers whenever we connect to it.
-func (p *plugin) notMerged(pod *api.PodSandbox, ctr *api.Container, reason error) {
-	told := false
+func (p *plugin) notMerged(s *subject, reason error) {
+	c, told := s.engine, false
 	p.change(func(s *state) {
-		told = s.told[ctr.GetId()] == reason.Error()
+		told = s.told[c.ID] == reason.Error()
 		if s.told == nil {
 			s.told = map[string]string{}
 		}
-		s.told[ctr.GetId()] = reason.Error()
+		s.told[c.ID] = reason.Error()
 	})
 	if told {
 		return
 	}
+	level := logrus.WarnLevel
+	if errors.As(reason, new(leftOut)) {
+		level = logrus.InfoLevel
+	}
 	p.Log.WithFields(logrus.Fields{
-		"pod": pod.GetName(), "namespace": pod.GetNamespace(), "container": ctr.GetName(), "container_id": ctr.GetId(),
-	}).WithError(reason).Warn("container is not merged")
+		"pod": c.Pod, "namespace": c.Namespace, "container": c.Name, "container_id": c.ID,
+	}).WithError(reason).Log(level, "container is not merged")
 }

@@ -57,15 +57,23 @@ type Options struct {
 	// Config is the configuration. Where it is nil, the runtime gives it: that of
 	// its own directory to a plugin that it launched, none to others.
 	Config *config.Config
-	// Apply is called with a configuration that the runtime gave. An error refuses it.
+	// Load reads the configuration anew, each time that Reload says so. Either both are
+	// nil or none is.
+	Load   func() (config.Config, error)
+	Reload <-chan struct{}
+	// Apply is called with a configuration that the runtime gave, or Load. An error
+	// refuses it, and must have changed nothing.
 	Apply func(config.Config) error
 	// Dir is a directory of the plugin's own, at the same path for the runtime. It
 	// is made if it is not there.
 	Dir string
 	// Engine does the work.
 	Engine Engine
-	// Log gets one line for each container that is not merged, with the reason, and
-	// for debugging one for each event, with the time that it took to answer it.
+	// Interface is how the engine asks the kernel, for the annotations of containers.
+	Interface string
+	// Log gets one line for each container that is not merged, with the reason, for each
+	// annotation that does not count, and for each reload; and for debugging one for each
+	// event, with the time that it took to answer it.
 	Log logrus.FieldLogger
 }
 
@@ -81,7 +89,7 @@ var ErrConfig = errors.New("configuration from the runtime")
 // returns nil. Errors are that there is nothing to connect to at the start, or
 // [ErrConfig].
 func Run(ctx context.Context, o Options) error {
-	p := &plugin{Options: o}
+	p := newPlugin(o)
 	if o.Config != nil {
 		wrapper, err := p.prepare(*o.Config)
 		if err != nil {
@@ -89,6 +97,11 @@ func Run(ctx context.Context, o Options) error {
 		}
 		p.use(*o.Config, wrapper)
 	}
+	ctx, cancel := context.WithCancel(ctx)
+	var reloading sync.WaitGroup
+	reloading.Go(func() { p.reload(ctx) })
+	defer reloading.Wait()
+	defer cancel()
 	retry := minRetry
 	for connected := false; ; {
 		err := p.serve(ctx)
@@ -120,8 +133,23 @@ func Run(ctx context.Context, o Options) error {
 type plugin struct {
 	Options
 
-	mu    sync.Mutex
-	state state // protected by mu
+	// turn is of whoever tells the engine of containers: it is of one event of the
+	// runtime, or one reload, at a time. Nothing waits for a merge in it.
+	turn sync.Mutex
+	// subjects are all containers that the runtime has told of, by their ids. They and
+	// what follows are protected by turn.
+	subjects map[string]*subject
+	// ignored are the annotations that were logged, by the id of the pod's sandbox, and
+	// ignoredCount is how many there were ever.
+	ignored      map[string][]config.Ignored
+	ignoredCount int
+
+	mu    sync.Mutex // taken after turn
+	state state      // protected by mu
+}
+
+func newPlugin(o Options) *plugin {
+	return &plugin{Options: o, subjects: map[string]*subject{}, ignored: map[string][]config.Ignored{}}
 }
 
 // state is what handlers read and change.
@@ -232,10 +260,12 @@ func (p *plugin) use(c config.Config, wrapper string) {
 }
 
 // timed lets a handler answer the runtime, which disconnects a plugin that takes
-// too long.
+// too long. Handlers have the turn.
 func (p *plugin) timed(ctx context.Context, request ttrpc.Unmarshaler, info *ttrpc.UnaryServerInfo, handle ttrpc.Method) (any, error) {
 	begin := time.Now()
+	p.turn.Lock()
 	reply, err := handle(ctx, request)
+	p.turn.Unlock()
 	p.Log.WithFields(logrus.Fields{
 		"event": path.Base(info.FullMethod), "duration_ms": float64(time.Since(begin).Microseconds()) / 1000,
 	}).Debug("answered the runtime")

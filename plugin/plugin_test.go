@@ -53,6 +53,10 @@ func (r *recorder) Add(ctx context.Context, c engine.Container) error {
 	if _, ok := ctx.Deadline(); !ok {
 		r.record("no deadline")
 	}
+	if c.Partition == "" {
+		r.record("leave out %s", c.ID)
+		return nil
+	}
 	r.record("add %s to %s", c.ID, c.Partition)
 	return r.add
 }
@@ -66,6 +70,9 @@ func (r *recorder) Reconcile(created, running []engine.Container) error {
 	ids := func(containers []engine.Container) string {
 		var s []string
 		for _, c := range containers {
+			if c.Partition == "" {
+				c.ID = "not " + c.ID
+			}
 			s = append(s, c.ID)
 		}
 		return strings.Join(s, ",")
@@ -121,7 +128,10 @@ func pod() *api.PodSandbox {
 func ctr(id string, state api.ContainerState, args ...string) *api.Container {
 	return &api.Container{
 		Id: id, PodSandboxId: podID, Name: "name-" + id, State: state, Args: args,
-		Linux: &api.LinuxContainer{CgroupsPath: "/k8s.io/" + id},
+		Mounts: []*api.Mount{{Destination: "/sys", Type: "sysfs", Options: []string{"nosuid", "ro"}}},
+		Linux: &api.LinuxContainer{
+			CgroupsPath: "/k8s.io/" + id, Namespaces: []*api.LinuxNamespace{{Type: "mount"}, {Type: "pid"}},
+		},
 	}
 }
 
@@ -182,15 +192,19 @@ func (r *runtime) create(t *testing.T, c *api.Container) *api.ContainerAdjustmen
 // start runs the plugin, and returns what waits for its end.
 func start(t *testing.T, dir string, c *config.Config, e Engine) (stop func() error, log *logtest.Hook) {
 	t.Helper()
+	return startWith(t, dir, Options{Config: c, Engine: e})
+}
+
+func startWith(t *testing.T, dir string, o Options, hooks ...logrus.Hook) (stop func() error, log *logtest.Hook) {
+	t.Helper()
 	logger, hook := logtest.NewNullLogger()
+	for _, hook := range hooks {
+		logger.AddHook(hook)
+	}
+	o.Name, o.Index, o.Socket, o.Dir, o.Interface, o.Log = "selective-ksm", "90", filepath.Join(dir, "nri.sock"), own(dir), "sysfs", logger
 	ctx, cancel := context.WithCancel(t.Context())
 	ended := make(chan error, 1)
-	go func() {
-		ended <- Run(ctx, Options{
-			Name: "selective-ksm", Index: "90", Socket: filepath.Join(dir, "nri.sock"),
-			Config: c, Dir: own(dir), Engine: e, Log: logger,
-		})
-	}()
+	go func() { ended <- Run(ctx, o) }()
 	return sync.OnceValue(func() error {
 		cancel()
 		return <-ended
@@ -271,7 +285,7 @@ func TestOverTheProtocol(t *testing.T) {
 	stop, log := start(t, l.dir, &c, e)
 	defer stop()
 	r.wait(t)
-	expect(t, e, "reconcile [made] [run]")
+	expect(t, e, "reconcile [made] [run,not lost]")
 	want := engine.Container{
 		ID: "run", Name: "name-run", Pod: "web", Namespace: "shop", SandboxID: podID, CgroupsPath: "/k8s.io/run", Partition: podOf,
 	}
@@ -316,7 +330,7 @@ func TestOverTheProtocol(t *testing.T) {
 	// The connection goes: the plugin makes another, and takes over anew.
 	l.cut()
 	r.wait(t)
-	expect(t, e, "reconcile [made] [run]")
+	expect(t, e, "reconcile [made] [run,not lost]")
 
 	if err := stop(); err != nil {
 		t.Errorf("told to end, the plugin returned %v", err)
@@ -359,7 +373,7 @@ func TestNotMerged(t *testing.T) {
 		}
 		log.Reset()
 	}
-	expect(t, e, "add c1 to "+podOf)
+	expect(t, e, "add c1 to "+podOf, "leave out c2", "leave out c4", "leave out c5")
 	e.add = nil
 
 	// One that another instance has wrapped is a member, and not wrapped again.
@@ -391,7 +405,7 @@ func TestNotMerged(t *testing.T) {
 	if a := r.create(t, ctr("c9", 0, "sh")); len(a.GetArgs()) != 0 || len(a.GetMounts()) != 0 {
 		t.Errorf("wrapped with nothing: %v", a)
 	}
-	expect(t, e)
+	expect(t, e, "leave out c9")
 	want := "wrapper: stat " + copied(dir) + ": no such file or directory"
 	if entry := log.LastEntry(); entry == nil || fmt.Sprint(entry.Data["error"]) != want {
 		t.Errorf("logged %v, want %s", entry, want)
@@ -402,8 +416,9 @@ func TestNotMerged(t *testing.T) {
 func TestToldOnce(t *testing.T) {
 	c := configuration(t)
 	log, hook := logtest.NewNullLogger()
-	p := &plugin{Options: Options{Engine: &recorder{}, Log: log}, state: state{policy: c}}
-	lost := &api.Container{Id: "lost", Name: "lost"}
+	p := newPlugin(Options{Engine: &recorder{}, Log: log})
+	p.use(c, "")
+	lost := &api.Container{Id: "lost", Name: "lost", State: api.ContainerState_CONTAINER_RUNNING}
 	synchronize := func(containers ...*api.Container) {
 		t.Helper()
 		if _, err := p.Synchronize(t.Context(), nil, containers); err != nil {
@@ -478,19 +493,19 @@ func TestConfigure(t *testing.T) {
 	log, _ := logtest.NewNullLogger()
 	var applied []config.Config
 	var unfit error
-	p := &plugin{Options: Options{Engine: &recorder{}, Dir: own(t.TempDir()), Log: log, Apply: func(c config.Config) error {
+	p := newPlugin(Options{Engine: &recorder{}, Dir: own(t.TempDir()), Log: log, Apply: func(c config.Config) error {
 		if unfit == nil {
 			applied = append(applied, c)
 		}
 		return unfit
-	}}}
+	}})
 	if _, err := p.Configure(t.Context(), "partitionBy: container\nwrapper: "+c.Wrapper, "runtime", "v1.2.3"); err != nil {
 		t.Fatal(err)
 	}
 	want := c
 	want.PartitionBy = config.ScopeContainer
 	for text, problem := range map[string]string{
-		"partitionBy: node":               `line 1: partitionBy: "node" is not known: write pod or container`,
+		"partitionBy: node":               `line 1: partitionBy: "node" is not known: write container or pod or group or namespace`,
 		"wrapper: /nowhere/selective-ksm": "wrapper: stat /nowhere/selective-ksm: no such file or directory",
 	} {
 		_, err := p.Configure(t.Context(), text, "runtime", "v1.2.3")
@@ -517,9 +532,9 @@ func TestConfigure(t *testing.T) {
 func TestOptIn(t *testing.T) {
 	log, _ := logtest.NewNullLogger()
 	dir := t.TempDir()
-	p := &plugin{Options: Options{
+	p := newPlugin(Options{
 		Engine: &recorder{optsIn: true}, Dir: own(dir), Log: log, Apply: func(config.Config) error { return nil },
-	}}
+	})
 	wrapper := "wrapper: " + static(t) + "\n"
 	for _, tc := range []struct {
 		text string

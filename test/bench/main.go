@@ -205,9 +205,10 @@ func startNode() (*node, error) {
 			ctr := &api.Container{
 				Id: id("container", p*containers+c), PodSandboxId: pod.Id, Name: fmt.Sprintf("container-%d", c),
 				State: api.ContainerState_CONTAINER_RUNNING, Args: []string{"sleep", "infinity"},
+				Mounts: []*api.Mount{{Destination: "/sys", Type: "sysfs", Source: "sysfs", Options: []string{"ro"}}},
 			}
 			path := filepath.Join(parent, ctr.Id)
-			ctr.Linux = &api.LinuxContainer{CgroupsPath: "/" + path}
+			ctr.Linux = &api.LinuxContainer{CgroupsPath: "/" + path, Namespaces: []*api.LinuxNamespace{{Type: "pid"}}}
 			if err := n.cgroup(path); err != nil {
 				return n, err
 			}

@@ -135,14 +135,7 @@ func run(t *testing.T, n *node.Node, guard *border.Guard, pod string, containers
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() {
-		// Removing a pod a second time is no error.
-		ctx, cancel := context.WithTimeout(context.Background(), patience)
-		defer cancel()
-		if err := p.Remove(ctx); err != nil {
-			t.Error(err)
-		}
-	})
+	removeAfter(t, p)
 	one := tenant{Pod: p}
 	for _, config := range containers {
 		c, err := p.Start(deadline(t), config)
@@ -156,6 +149,19 @@ func run(t *testing.T, n *node.Node, guard *border.Guard, pod string, containers
 		one.containers = append(one.containers, c)
 	}
 	return one
+}
+
+// removeAfter removes a pod after the test if the test did not.
+func removeAfter(t *testing.T, p *node.Pod) {
+	t.Helper()
+	t.Cleanup(func() {
+		// Removing a pod a second time is no error.
+		ctx, cancel := context.WithTimeout(context.Background(), patience)
+		defer cancel()
+		if err := p.Remove(ctx); err != nil {
+			t.Error(err)
+		}
+	})
 }
 
 // startPlugin starts the plugin against a containerd, and stops it after the

@@ -1,6 +1,7 @@
 package node
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -15,8 +16,17 @@ import (
 	"github.com/selective-ksm/selective-ksm/test/workload/control"
 )
 
-// namespace is the Kubernetes namespace of all pods.
-const namespace = "default"
+// PodConfig says what a pod is. Its zero value is an ordinary one, but for the name.
+type PodConfig struct {
+	Name string
+	// Namespace is its Kubernetes namespace, "default" if it is empty.
+	Namespace           string
+	Labels, Annotations map[string]string
+	// HostPID has its containers see the machine's processes, SharedPID each other's.
+	HostPID, SharedPID bool
+	// Privileged makes its containers privileged.
+	Privileged bool
+}
 
 // Pod is a pod sandbox.
 type Pod struct {
@@ -28,13 +38,28 @@ type Pod struct {
 
 // RunPod runs a pod without containers.
 func (n *Node) RunPod(ctx context.Context, name string) (*Pod, error) {
+	return n.RunPodWith(ctx, PodConfig{Name: name})
+}
+
+// RunPodWith runs a pod without containers.
+func (n *Node) RunPodWith(ctx context.Context, c PodConfig) (*Pod, error) {
+	name := c.Name
+	namespaces := &runtime.NamespaceOption{Network: runtime.NamespaceMode_NODE, Pid: runtime.NamespaceMode_CONTAINER}
+	switch {
+	case c.HostPID:
+		namespaces.Pid = runtime.NamespaceMode_NODE
+	case c.SharedPID:
+		namespaces.Pid = runtime.NamespaceMode_POD
+	}
 	uid := fmt.Sprintf("%s-%d", name, n.pods.Add(1))
 	p := &Pod{Name: name, node: n, config: &runtime.PodSandboxConfig{
-		Metadata:     &runtime.PodSandboxMetadata{Name: name, Uid: uid, Namespace: namespace},
+		Metadata:     &runtime.PodSandboxMetadata{Name: name, Uid: uid, Namespace: cmp.Or(c.Namespace, "default")},
+		Labels:       c.Labels,
+		Annotations:  c.Annotations,
 		LogDirectory: n.Path("logs"),
 		Linux: &runtime.LinuxPodSandboxConfig{
 			CgroupParent:    "/kubepods/besteffort/pod" + uid,
-			SecurityContext: &runtime.LinuxSandboxSecurityContext{NamespaceOptions: hostNetwork()},
+			SecurityContext: &runtime.LinuxSandboxSecurityContext{NamespaceOptions: namespaces, Privileged: c.Privileged},
 		},
 	}}
 	r, err := n.cri.RunPodSandbox(ctx, &runtime.RunPodSandboxRequest{Config: p.config})
@@ -43,10 +68,6 @@ func (n *Node) RunPod(ctx context.Context, name string) (*Pod, error) {
 	}
 	p.ID = r.PodSandboxId
 	return p, nil
-}
-
-func hostNetwork() *runtime.NamespaceOption {
-	return &runtime.NamespaceOption{Network: runtime.NamespaceMode_NODE, Pid: runtime.NamespaceMode_CONTAINER}
 }
 
 // Remove stops a pod with all that runs in it, and removes it.
@@ -99,6 +120,8 @@ type Container struct {
 	Pod      *Pod
 	// PID is the first process's, as the machine counts.
 	PID int
+	// Annotations are those that the runtime has for it, NRI plugins' included.
+	Annotations map[string]string
 	// Ready is when its memory was filled.
 	Ready time.Time
 
@@ -123,7 +146,8 @@ func (p *Pod) Start(ctx context.Context, c ContainerConfig) (_ *Container, err e
 	defer listener.Close()
 
 	const inside = "/control"
-	security := &runtime.LinuxContainerSecurityContext{NamespaceOptions: hostNetwork()}
+	ofPod := p.config.Linux.SecurityContext
+	security := &runtime.LinuxContainerSecurityContext{NamespaceOptions: ofPod.NamespaceOptions, Privileged: ofPod.Privileged}
 	switch c.SeccompProfile {
 	case "":
 	case RuntimeDefault:
@@ -162,9 +186,11 @@ func (p *Pod) Start(ctx context.Context, c ContainerConfig) (_ *Container, err e
 		return nil, fmt.Errorf("%w\n%s", err, p.Output(c.Name))
 	}
 	container := &Container{Name: c.Name, ID: created.ContainerId, Pod: p, Ready: time.Now(), Conn: conn}
-	if container.PID, err = p.node.pid(ctx, created.ContainerId); err != nil {
+	i, err := p.node.info(ctx, created.ContainerId)
+	if err != nil {
 		return nil, errors.Join(err, conn.Close())
 	}
+	container.PID, container.Annotations = i.PID, i.RuntimeSpec.Annotations
 	return container, nil
 }
 
@@ -181,21 +207,25 @@ func (p *Pod) log(container string) string {
 	return p.config.Metadata.Uid + "-" + container + ".log"
 }
 
-// pid asks for a running container's first process, which only the verbose
-// part of its status tells.
-func (n *Node) pid(ctx context.Context, id string) (int, error) {
+// info is the verbose part of a container's status, as far as it is of use.
+type info struct {
+	PID         int
+	RuntimeSpec struct{ Annotations map[string]string }
+}
+
+func (n *Node) info(ctx context.Context, id string) (info, error) {
 	r, err := n.cri.ContainerStatus(ctx, &runtime.ContainerStatusRequest{ContainerId: id, Verbose: true})
 	if err != nil {
-		return 0, err
+		return info{}, err
 	}
 	if s := r.Status; s.State != runtime.ContainerState_CONTAINER_RUNNING {
-		return 0, fmt.Errorf("not running but %s: %s, exit status %d", s.State, s.Reason, s.ExitCode)
+		return info{}, fmt.Errorf("not running but %s: %s, exit status %d", s.State, s.Reason, s.ExitCode)
 	}
-	var info struct{ PID int }
-	if err := json.Unmarshal([]byte(r.Info["info"]), &info); err != nil {
-		return 0, fmt.Errorf("read verbose status: %w", err)
+	var i info
+	if err := json.Unmarshal([]byte(r.Info["info"]), &i); err != nil {
+		return info{}, fmt.Errorf("read verbose status: %w", err)
 	}
-	return info.PID, nil
+	return i, nil
 }
 
 // Running tells whether the container runs.

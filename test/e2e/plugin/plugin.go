@@ -184,6 +184,14 @@ func (p *Process) merge(since time.Time, containerIDs []string) []Line {
 	return nil
 }
 
+// Reload asks the plugin to read its configuration anew.
+func (p *Process) Reload() error {
+	if err := p.cmd.Process.Signal(syscall.SIGHUP); err != nil {
+		return fmt.Errorf("reload plugin: %w", err)
+	}
+	return nil
+}
+
 // Log returns the end of the log.
 func (p *Process) Log() string {
 	const most = 30

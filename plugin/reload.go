@@ -1,0 +1,53 @@
+package plugin
+
+import (
+	"context"
+	"maps"
+	"slices"
+)
+
+// reload takes the configuration anew, each time that it may have changed, until ctx
+// ends.
+func (p *plugin) reload(ctx context.Context) {
+	for {
+		select {
+		case <-p.Reload:
+		case <-ctx.Done():
+			return
+		}
+		if err := p.reloadOnce(); err != nil {
+			p.Log.WithError(err).Error("configuration is not reloaded, and stays as it was")
+		} else {
+			p.Log.Info("configuration is reloaded")
+		}
+	}
+}
+
+// reloadOnce takes a configuration whole, or returns an error and changes nothing.
+// Containers that are there already get what the new one gives them.
+func (p *plugin) reloadOnce() error {
+	c, err := p.Load()
+	if err != nil {
+		return err
+	}
+	wrapper, err := p.prepare(c)
+	if err != nil {
+		return err
+	}
+	p.turn.Lock()
+	defer p.turn.Unlock()
+	if err := p.Apply(c); err != nil {
+		return err
+	}
+	p.use(c, wrapper)
+	if !p.get().synchronized {
+		// The runtime will tell of all containers.
+		return nil
+	}
+	var all []*subject
+	for _, id := range slices.Sorted(maps.Keys(p.subjects)) {
+		all = append(all, p.subjects[id])
+	}
+	p.reconcile(all)
+	return nil
+}
