@@ -43,7 +43,7 @@ func runDoctor(args []string) error {
 		if k.Features().OneSpace {
 			reportMergeable()
 		}
-		failed = k.Close()
+		failed = errors.Join(suits(k, cfg), k.Close())
 	}
 	if os.Geteuid() != 0 {
 		failed = errors.Join(failed, errors.New("not root: the kernel lets only root merge the memory of others"))

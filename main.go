@@ -28,6 +28,7 @@ import (
 	"github.com/selective-ksm/selective-ksm/engine/kernel/detect"
 	"github.com/selective-ksm/selective-ksm/engine/kernel/mainline"
 	kernelsyscall "github.com/selective-ksm/selective-ksm/engine/kernel/syscall"
+	"github.com/selective-ksm/selective-ksm/engine/memory"
 	"github.com/selective-ksm/selective-ksm/engine/optin"
 	"github.com/selective-ksm/selective-ksm/plugin"
 )
@@ -150,6 +151,9 @@ func runPlugin(args []string) error {
 	if err != nil {
 		return err
 	}
+	if err := suits(found, cfg); err != nil {
+		return errors.Join(err, found.Close())
+	}
 	lock, err := engine.Lock(engine.RunDir)
 	if err != nil {
 		return errors.Join(err, found.Close())
@@ -169,7 +173,7 @@ func runPlugin(args []string) error {
 	e := engine.New(engine.Options{
 		Kernel:   found,
 		Owned:    config.Owned,
-		Settings: settings(cfg),
+		Settings: settings(cfg, log),
 		Log:      log,
 	})
 	o.Log, o.Dir, o.Interface = log, engine.RunDir, interfaceOf(found)
@@ -186,7 +190,7 @@ func runPlugin(args []string) error {
 		if err := setLog(log, c); err != nil {
 			return err
 		}
-		e.Configure(settings(c))
+		e.Configure(settings(c, log))
 		return nil
 	}
 	o.Load = func() (config.Config, error) {
@@ -277,8 +281,17 @@ func lookFor(c config.Config) detect.Options {
 	return o
 }
 
+// suits returns an error if a kernel would merge what the configuration leaves out.
+func suits(k kernel.Kernel, c config.Config) error {
+	if k.Features().OneSpace && !c.Secrets {
+		return errors.New("secrets: false: an unpatched kernel merges all memory of a process, that which is marked as secret too: " +
+			"set secrets: true to accept that, or boot a kernel with Selective KSM")
+	}
+	return nil
+}
+
 // settings are the engine's.
-func settings(c config.Config) engine.Settings {
+func settings(c config.Config, log logrus.FieldLogger) engine.Settings {
 	s := engine.Settings{
 		StartDelays: c.StartDelays,
 		Interval:    c.Interval,
@@ -288,13 +301,25 @@ func settings(c config.Config) engine.Settings {
 		},
 		Pressure: engine.Pressure(c.Pressure),
 		Zero:     c.ZeroPages,
-		Dirty:    c.Incremental == config.BySoftDirty,
+		Dirty:    c.Incremental == config.BySoftDirty && tellsDirty(log),
 		OptedIn:  c.OptIn == config.OptInWrapper,
 	}
 	if s.MaxInterval == 0 {
 		s.MaxInterval = 8 * c.Interval
 	}
 	return s
+}
+
+// tellsDirty reports whether the kernel knows what was written to, and says so if not.
+func tellsDirty(log logrus.FieldLogger) bool {
+	tells, err := memory.TellsDirty()
+	if err == nil && !tells {
+		err = errors.New("the kernel does not tell what was written to")
+	}
+	if err != nil {
+		log.WithError(err).Warn("incremental: softDirty is not used, but faults")
+	}
+	return err == nil
 }
 
 // runMerge has the running engine merge.
