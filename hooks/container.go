@@ -114,7 +114,7 @@ func podOf(s specs.State) (pod, error) {
 		name:      s.Annotations[k.name],
 		container: s.Annotations[k.container],
 	}
-	if !containerID.MatchString(p.sandbox) {
+	if !isID(p.sandbox) {
 		return pod{}, fmt.Errorf("annotation %s: %q is not the id of a pod", k.sandbox, shown(p.sandbox))
 	}
 	return p, nil

@@ -14,7 +14,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"regexp"
+	"strings"
 	"time"
 
 	"github.com/opencontainers/runtime-spec/specs-go"
@@ -46,9 +46,17 @@ const maxState = 1 << 20
 // ErrState is matched by errors of what a runtime says to a hook.
 var ErrState = errors.New("state of the container")
 
-// containerID is what runc takes as an id, which is the narrowest of the runtimes; the
-// names of directories above are refused besides.
-var containerID = regexp.MustCompile(`^[A-Za-z0-9_+,.-]{1,255}$`)
+// maxID is how many bytes an id has at most: it is the name of a directory for runtimes.
+const maxID = 255
+
+// isID reports whether text may be the id of a container or a pod, as runc takes it,
+// which is the strictest of the runtimes. It is no name of a directory above.
+func isID(text string) bool {
+	other := func(r rune) bool {
+		return (r < 'a' || r > 'z') && (r < 'A' || r > 'Z') && (r < '0' || r > '9') && !strings.ContainsRune("_+,.-", r)
+	}
+	return text != "" && len(text) <= maxID && text != "." && text != ".." && !strings.ContainsFunc(text, other)
+}
 
 // ReadState reads the state of a container, to the end of the input, and checks the
 // parts that are used. Errors match [ErrState], or are those of reading.
@@ -73,7 +81,7 @@ func parseState(data []byte, stage Stage) (specs.State, error) {
 		return specs.State{}, fmt.Errorf("not JSON as the runtime specification has it: %w", err)
 	}
 	switch {
-	case !containerID.MatchString(s.ID) || s.ID == "." || s.ID == "..":
+	case !isID(s.ID):
 		return specs.State{}, fmt.Errorf("id %q is not that of a container", shown(s.ID))
 	case stage != Poststop && s.Pid <= 1:
 		return specs.State{}, fmt.Errorf("container %s: pid %d is not that of a container", s.ID, s.Pid)

@@ -34,7 +34,7 @@ const (
 	patience = 10 * time.Minute
 	// late is how long it waits for the merge of a container for which there is a
 	// reason not to be merged.
-	late = 30 * time.Second
+	late = 2 * time.Minute
 	// longest is the most that it waits for any merge.
 	longest = time.Hour
 )
