@@ -19,6 +19,7 @@ import (
 
 	"github.com/selective-ksm/selective-ksm/config"
 	"github.com/selective-ksm/selective-ksm/engine"
+	"github.com/selective-ksm/selective-ksm/engine/optin"
 	"github.com/selective-ksm/selective-ksm/hooks"
 	"github.com/selective-ksm/selective-ksm/hooks/hooksd"
 )
@@ -66,6 +67,8 @@ func runHook(args []string) error {
 		return fmt.Errorf("hook: no stage: %w", errUsage)
 	}
 	switch args[0] {
+	case "help", "-h", "-help", "--help":
+		return flag.ErrHelp
 	case "install":
 		return runInstall(args[1:])
 	case "uninstall":
@@ -76,24 +79,27 @@ func runHook(args []string) error {
 		return runWorker(args[1:])
 	}
 	stage := hooks.Stage(args[0])
-	if !slices.Contains(hooks.Stages, stage) {
-		return fmt.Errorf("hook: stage %q is not known: %w", args[0], errUsage)
-	}
 	strict, err := runStage(stage, args[1:])
 	if err == nil || errors.Is(err, flag.ErrHelp) {
 		return err
 	}
-	err = fmt.Errorf("hook %s: %w", stage, err)
-	if w, failed := syslog.New(syslog.LOG_DAEMON|syslog.LOG_WARNING, "selective-ksm"); failed == nil {
-		w.Warning(err.Error())
+	os.Exit(failed(fmt.Errorf("hook %s: %w", stage, err), strict))
+	return nil
+}
+
+// failed says in a line why a hook could not do its work, and returns its exit status:
+// a runtime takes any but 0 for the container's failure.
+func failed(err error, strict bool) int {
+	if w, missing := syslog.New(syslog.LOG_DAEMON|syslog.LOG_WARNING, "selective-ksm"); missing == nil {
+		// Standard error has it too.
+		_ = w.Warning(err.Error())
 		w.Close()
 	}
-	if !strict {
-		// A runtime takes it for the container's failure.
-		complain(err)
-		return nil
+	complain(err)
+	if strict {
+		return exitFailed
 	}
-	return err
+	return 0
 }
 
 // runStage is a hook. It reports whether a failure is to be the container's.
@@ -107,8 +113,15 @@ func runStage(stage hooks.Stage, args []string) (strict bool, err error) {
 	if err := parse(flags, args); err != nil {
 		return strict, err
 	}
+	if !slices.Contains(hooks.Stages, stage) {
+		return strict, fmt.Errorf("the stage is not known: %w", errUsage)
+	}
 	ctx, cancel := context.WithTimeout(context.Background(), deadline)
 	defer cancel()
+	// A call to the system may take longer, and end for nothing.
+	defer time.AfterFunc(2*deadline, func() {
+		os.Exit(failed(fmt.Errorf("hook %s: not done within %v", stage, 2*deadline), strict))
+	}).Stop()
 	cfg, err := load(path)
 	if err != nil {
 		return strict, err
@@ -208,6 +221,18 @@ func runWorker(args []string) (err error) {
 
 // forever is longer than any worker works.
 const forever = 1000 * time.Hour
+
+// runRuntime becomes an OCI runtime whose containers are mergeable, and returns only if
+// it cannot.
+func runRuntime(args []string) error {
+	if len(args) < 2 || args[0] != "--" {
+		return fmt.Errorf("runtime: write runtime -- RUNTIME [ARG]...: %w", errUsage)
+	}
+	status, err := optin.Exec(args)
+	complain(err)
+	os.Exit(status)
+	return nil
+}
 
 func newFlags(name string) *flag.FlagSet {
 	flags := flag.NewFlagSet(name, flag.ContinueOnError)

@@ -92,7 +92,9 @@ func main() {
 		err = runDaemon(args[1:])
 	case "hook":
 		err = runHook(args[1:])
-	case optin.Command, "runtime":
+	case "runtime":
+		err = runRuntime(args[1:])
+	case optin.Command:
 		status, err := optin.Exec(args[1:])
 		complain(err)
 		os.Exit(status)

@@ -24,8 +24,10 @@ import (
 // DefaultDir is the directory that both read if they are not told of another.
 const DefaultDir = podman.DefaultDir
 
-// Timeout is what a runtime gives a hook. It has a deadline of its own before that.
-const Timeout = 10 * time.Second
+// Timeout is what a runtime gives a hook. It fails the container then, so this is far
+// beyond the deadline that the hook has itself: on a machine that is short of CPU time
+// a process may take long to get as far as that.
+const Timeout = 2 * time.Minute
 
 // Options are what hooks are made of.
 type Options struct {

@@ -52,7 +52,7 @@ func TestInstall(t *testing.T) {
 			continue
 		}
 		want := []string{filepath.Base(o.Binary), "hook", stage, "-config", "/etc/selective-ksm.yaml"}
-		if got := hooks[0]; got.Path != o.Binary || !slices.Equal(got.Args, want) || got.Timeout == nil || *got.Timeout != 10 {
+		if got := hooks[0]; got.Path != o.Binary || !slices.Equal(got.Args, want) || got.Timeout == nil || *got.Timeout != 120 {
 			t.Errorf("%s: got %+v", stage, got)
 		}
 	}
