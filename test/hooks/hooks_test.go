@@ -93,7 +93,7 @@ func newNode(t testing.TB) *node {
 		missing.Skip(t, "no engine can run: %v", err)
 	}
 	lock.Close()
-	settings := "startDelays: [0s, 3s]\nbudget: 100%\npartitionBudget: 100%\nlogFile: " + n.log + "\nlogLevel: debug\n"
+	settings := "startDelays: [0s, 3s, 10s, 30s, 90s]\nbudget: 100%\npartitionBudget: 100%\nlogFile: " + n.log + "\nlogLevel: debug\n"
 	if n.mainline {
 		settings += "interface: mainline\nmainlinePartition: first\n"
 	}
