@@ -48,18 +48,19 @@ demo: packages kernel tools build/bin/selective-ksm build/bin/workload build/bin
 test: check test-vm test-kernel
 
 .PHONY: check
-check: packages build/bin/selective-ksm
+check: packages build/bin/selective-ksm build/bin/workload
 	@unformatted=$$(gofmt -l .); test -z "$$unformatted" || { echo "gofmt would change: $$unformatted"; exit 1; }
-	shellcheck -x .ci/run kernel/build kernel/check kernel/deb test/tools/build test/tools/toolchain
+	shellcheck -x examples/hooks/runc-selective-ksm .ci/run kernel/build kernel/check kernel/deb test/tools/build test/tools/toolchain
 	go vet ./...
 	go run $(STATICCHECK) ./...
-	CGO_ENABLED=1 go test -race ./...
+	CGO_ENABLED=1 go test -race $$(go list ./... | grep -v /test/hooks)
 
 # The tests of the VM, and those that need a kernel with Selective KSM, in it.
 .PHONY: test-vm
 test-vm: packages kernel tools build/bin/selective-ksm build/bin/workload build/bin/actor build/bin/demo build/bin/vm
 	SELECTIVE_KSM_KERNEL=$(CURDIR)/$(KERNEL) go test -count=1 -p 1 -timeout 30m ./test/vm/...
 	go test -count=1 -p 1 -timeout 30m -exec "$(VM) -timeout 25m -env SELECTIVE_KSM_VM=1 --" ./engine/... ./test/kernel ./test/pages ./test/e2e/...
+	go test -count=1 -timeout 45m -exec "$(VM) -timeout 40m -env SELECTIVE_KSM_VM=1 --" ./test/hooks
 	$(MAKE) demo
 
 # What takes more kernels than one.
@@ -87,8 +88,9 @@ bench-kernel: packages kernel option-off-kernel build/bin/actor build/bin/bench-
 
 # What the plugin costs on a node with 1,000 containers; fails above its limits.
 .PHONY: bench
-bench: packages kernel build/bin/selective-ksm build/bin/bench build/bin/vm
+bench: packages kernel build/bin/selective-ksm build/bin/workload build/bin/bench build/bin/vm
 	go test -run '^$$' -bench . ./engine
+	go test -run '^$$' -bench . -benchtime 100x ./test/hooks
 	@$(VM) -- build/bin/bench
 
 .PHONY: kernel
@@ -138,8 +140,9 @@ build/bin/actor: $(wildcard test/kernel/actor/program/*)
 	@mkdir -p $(@D)
 	@gcc -O2 -g -static -Wall -Wextra -o $@ $(filter %.c,$^)
 
-# gcc is for the race detector, and for the actor of the kernel's tests.
-PACKAGES := gcc libc6-dev qemu-system-x86 shellcheck
+# gcc is for the race detector, and for the actor of the kernel's tests; the last three
+# call hooks.
+PACKAGES := gcc libc6-dev qemu-system-x86 shellcheck podman runc crun
 
 .PHONY: packages
 packages:

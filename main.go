@@ -10,7 +10,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"os/signal"
 	"reflect"
 	"runtime/debug"
 	"sync"
@@ -30,6 +29,7 @@ import (
 	kernelsyscall "github.com/selective-ksm/selective-ksm/engine/kernel/syscall"
 	"github.com/selective-ksm/selective-ksm/engine/memory"
 	"github.com/selective-ksm/selective-ksm/engine/optin"
+	"github.com/selective-ksm/selective-ksm/hooks"
 	"github.com/selective-ksm/selective-ksm/plugin"
 )
 
@@ -37,6 +37,18 @@ const usage = `selective-ksm merges the identical memory of containers, inside o
 
   selective-ksm plugin [-config FILE] [-name NAME] [-idx NN] [-socket PATH]
         run as an NRI plugin that connects to the container runtime
+  selective-ksm daemon [-config FILE]
+        run without NRI, for containers that OCI hooks tell of
+  selective-ksm hook createRuntime|poststart|poststop [-config FILE] [-deadline 1s] [-strict]
+        be an OCI hook: the state of the container is read from standard input
+  selective-ksm hook install [-dir DIR] [-config FILE] [-deadline 1s] [-annotation KEY=VALUE]...
+        have CRI-O and podman run the hooks, for all containers or those with annotations
+  selective-ksm hook uninstall [-dir DIR]
+        take the hooks out of the directory
+  selective-ksm hook validate [-dir DIR]... [-annotation KEY=VALUE]...
+        check that a container with these annotations would have the hooks
+  selective-ksm runtime -- RUNTIME [ARG]...
+        make this process mergeable, and so its containers, and become an OCI runtime
   selective-ksm merge [PARTITION]
         have the running engine merge a partition now, or all
   selective-ksm status
@@ -81,6 +93,12 @@ func main() {
 		err = runStatus(args[1:])
 	case "doctor":
 		err = runDoctor(args[1:])
+	case "daemon":
+		err = runDaemon(args[1:])
+	case "hook":
+		err = runHook(args[1:])
+	case "runtime":
+		err = runRuntime(args[1:])
 	case optin.Command:
 		status, err := optin.Exec(args[1:])
 		complain(err)
@@ -140,49 +158,19 @@ func runPlugin(args []string) error {
 	if path != "" {
 		o.Config = &cfg
 	}
-	if os.Geteuid() != 0 {
-		return errors.New("not root: the kernel lets only root merge the memory of others")
-	}
 	log := logrus.New()
 	if err := setLog(log, cfg); err != nil {
 		return fmt.Errorf("%s: %w", path, err)
 	}
-	found, detail, err := detect.Open(lookFor(cfg))
+	h, err := openHost(cfg, log)
 	if err != nil {
 		return err
 	}
-	if err := suits(found, cfg); err != nil {
-		return errors.Join(err, found.Close())
-	}
-	lock, err := engine.Lock(engine.RunDir)
-	if err != nil {
-		return errors.Join(err, found.Close())
-	}
-	defer lock.Close()
-	defer found.Close()
-	server, err := control.Listen(engine.RunDir)
-	if err != nil {
-		return err
-	}
-
-	// It is idle most of the time, and its memory is better somebody else's. Who wants
-	// it otherwise sets GOGC.
-	if os.Getenv("GOGC") == "" {
-		debug.SetGCPercent(collect)
-	}
-	e := engine.New(engine.Options{
-		Kernel:   found,
-		Owned:    config.Owned,
-		Settings: settings(cfg, log),
-		Log:      log,
-	})
-	o.Log, o.Dir, o.Interface = log, engine.RunDir, interfaceOf(found)
-	o.Engine = reporting{e, sync.OnceFunc(func() {
-		for _, f := range detect.Probe(lookFor(cfg)) {
-			log.Info("interface " + f.String())
-		}
-		log.WithFields(logrus.Fields{"version": currentVersion(), "kernel": detail}).Info("started")
-	})}
+	defer h.Close()
+	e := h.engine
+	registry := hooks.NewRegistry(e, h.members, log)
+	o.Log, o.Dir, o.Interface = log, engine.RunDir, interfaceOf(h.kernel)
+	o.Engine = reporting{e, registry, sync.OnceFunc(h.report)}
 	o.Apply = func(c config.Config) error {
 		if path == "" && !reflect.DeepEqual(lookFor(c), lookFor(cfg)) {
 			log.Warn("interface, syscalls and mainlinePartition are taken from a file that -config names, not from the runtime")
@@ -213,27 +201,21 @@ func runPlugin(args []string) error {
 	reload := make(chan struct{})
 	o.Reload = reload
 
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	defer stop()
-	ctx, cancel := context.WithCancel(ctx)
-	var running sync.WaitGroup
-	running.Go(func() { e.Run(ctx) })
-	running.Go(func() {
-		if err := server.Serve(ctx, e); err != nil {
-			log.WithError(err).Error("merge and status do not work")
+	return h.run(registry, func(ctx context.Context) error {
+		ctx, cancel := context.WithCancel(ctx)
+		var watching sync.WaitGroup
+		watching.Go(func() { watch.Signal(ctx, syscall.SIGHUP, reload) })
+		if path != "" {
+			watching.Go(func() {
+				if err := watch.File(ctx, path, reload); err != nil {
+					log.WithError(err).Warn("configuration is reloaded on SIGHUP only")
+				}
+			})
 		}
+		defer watching.Wait()
+		defer cancel()
+		return plugin.Run(ctx, o)
 	})
-	running.Go(func() { watch.Signal(ctx, syscall.SIGHUP, reload) })
-	if path != "" {
-		running.Go(func() {
-			if err := watch.File(ctx, path, reload); err != nil {
-				log.WithError(err).Warn("configuration is reloaded on SIGHUP only")
-			}
-		})
-	}
-	defer running.Wait()
-	defer cancel()
-	return plugin.Run(ctx, o)
 }
 
 // interfaceOf names an interface as the configuration does.
@@ -251,12 +233,14 @@ func interfaceOf(k kernel.Kernel) string {
 // plugin that cannot start says why, and no more.
 type reporting struct {
 	*engine.Engine
+	hooks  *hooks.Registry
 	report func()
 }
 
+// Reconcile takes over what the runtime has, and what hooks have told of.
 func (r reporting) Reconcile(created, running []engine.Container) error {
 	r.report()
-	return r.Engine.Reconcile(created, running)
+	return r.hooks.Reconcile(created, running)
 }
 
 // load reads the configuration, if there is a file.

@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"net"
 	"os"
@@ -14,6 +15,8 @@ import (
 	"sync"
 	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/selective-ksm/selective-ksm/engine"
 )
@@ -31,22 +34,32 @@ var ErrNoEngine = errors.New("no engine runs on this machine")
 type Engine interface {
 	Merge(partition string) error
 	Status() []engine.PartitionStatus
+	// Sync looks at what OCI hooks have written down of a container. An error that
+	// matches [ErrNoEngine] is that the engine is ending.
+	Sync(ctx context.Context, containerID string) error
+	// Yield ends the engine for another one, and reports whether it does that.
+	Yield() bool
 }
 
 // request is one line in JSON; so is the reply.
 type request struct {
 	Command   string `json:"command"`
 	Partition string `json:"partition,omitempty"`
+	Container string `json:"container,omitempty"`
 }
 
 type reply struct {
 	Error      string                   `json:"error,omitempty"`
+	Ending     bool                     `json:"ending,omitempty"`
+	Yields     bool                     `json:"yields,omitempty"`
 	Partitions []engine.PartitionStatus `json:"partitions"`
 }
 
 const (
 	commandMerge  = "merge"
 	commandStatus = "status"
+	commandSync   = "sync"
+	commandYield  = "yield"
 )
 
 // Server is a socket that is listened at.
@@ -79,7 +92,7 @@ func (s *Server) Serve(ctx context.Context, e Engine) error {
 	defer s.listener.Close()
 	defer context.AfterFunc(ctx, func() { s.listener.Close() })()
 	for {
-		conn, err := s.listener.Accept()
+		conn, err := s.listener.AcceptUnix()
 		if ctx.Err() != nil {
 			return nil
 		} else if err != nil {
@@ -89,12 +102,17 @@ func (s *Server) Serve(ctx context.Context, e Engine) error {
 			defer conn.Close()
 			defer context.AfterFunc(ctx, func() { conn.Close() })()
 			// The one who asks is told, or is gone.
-			_ = answer(conn, e)
+			_ = answer(ctx, conn, e)
 		})
 	}
 }
 
-func answer(conn net.Conn, e Engine) error {
+// maxRequest is how many bytes of a request are read.
+const maxRequest = 64 << 10
+
+func answer(ctx context.Context, conn *net.UnixConn, e Engine) error {
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
 	if err := conn.SetDeadline(time.Now().Add(patience)); err != nil {
 		return err
 	}
@@ -102,8 +120,11 @@ func answer(conn net.Conn, e Engine) error {
 		q request
 		r reply
 	)
-	if err := json.NewDecoder(conn).Decode(&q); err != nil {
+	if err := json.NewDecoder(io.LimitReader(conn, maxRequest)).Decode(&q); err != nil {
 		return err
+	}
+	if err := fromRoot(conn); err != nil {
+		return json.NewEncoder(conn).Encode(reply{Error: err.Error()})
 	}
 	switch q.Command {
 	case commandMerge:
@@ -112,10 +133,45 @@ func answer(conn net.Conn, e Engine) error {
 		}
 	case commandStatus:
 		r.Partitions = e.Status()
+	case commandSync:
+		err := e.Sync(ctx, q.Container)
+		if r.Ending = errors.Is(err, ErrNoEngine); err != nil {
+			r.Error = err.Error()
+		}
+	case commandYield:
+		r.Yields = e.Yield()
 	default:
 		r.Error = fmt.Sprintf("unknown command %q", q.Command)
 	}
 	return json.NewEncoder(conn).Encode(r)
+}
+
+// errNotRoot is the answer to those who may not ask.
+var errNotRoot = errors.New("only root may ask the engine")
+
+// fromRoot tells whether it is root who asks. The socket's mode says so too, but
+// somebody may change that.
+func fromRoot(conn *net.UnixConn) error {
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var (
+		peer   *unix.Ucred
+		failed error
+	)
+	if err := raw.Control(func(fd uintptr) {
+		peer, failed = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
+	}); err != nil {
+		return err
+	}
+	if failed != nil {
+		return fmt.Errorf("who asks the engine: %w", failed)
+	}
+	if peer.Uid != 0 {
+		return errNotRoot
+	}
+	return nil
 }
 
 // Merge asks the engine to merge a partition, or all if there is no name. It does not
@@ -132,6 +188,22 @@ func Status(ctx context.Context, dir string) ([]engine.PartitionStatus, error) {
 	return r.Partitions, err
 }
 
+// Sync has the engine look at what OCI hooks have written down of a container. It waits
+// for no merge. It returns an error that matches [ErrNoEngine] where none runs, or
+// where it is ending.
+func Sync(ctx context.Context, dir, containerID string) error {
+	_, err := ask(ctx, dir, request{Command: commandSync, Container: containerID})
+	return err
+}
+
+// Yield asks the engine to end, which one does that hooks have started for a while. It
+// reports whether it will, and does not wait for it. It returns an error that matches
+// [ErrNoEngine] where none runs.
+func Yield(ctx context.Context, dir string) (bool, error) {
+	r, err := ask(ctx, dir, request{Command: commandYield})
+	return r.Yields, err
+}
+
 func ask(ctx context.Context, dir string, q request) (reply, error) {
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
@@ -144,13 +216,19 @@ func ask(ctx context.Context, dir string, q request) (reply, error) {
 	defer conn.Close()
 	defer context.AfterFunc(ctx, func() { conn.Close() })()
 	var r reply
-	if err := json.NewEncoder(conn).Encode(q); err != nil {
+	err = json.NewEncoder(conn).Encode(q)
+	if err == nil {
+		err = json.NewDecoder(conn).Decode(&r)
+	}
+	if errors.Is(err, io.EOF) || errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE) {
+		return reply{}, fmt.Errorf("%w any more: %w", ErrNoEngine, err)
+	} else if err != nil {
 		return reply{}, fmt.Errorf("asking the engine: %w", err)
 	}
-	if err := json.NewDecoder(conn).Decode(&r); err != nil {
-		return reply{}, fmt.Errorf("asking the engine: %w", err)
-	}
-	if r.Error != "" {
+	switch {
+	case r.Ending:
+		return reply{}, ErrNoEngine
+	case r.Error != "":
 		return reply{}, errors.New(r.Error)
 	}
 	return r, nil

@@ -6,15 +6,32 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"reflect"
+	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/selective-ksm/selective-ksm/engine"
 	"github.com/selective-ksm/selective-ksm/engine/kernel"
+	"github.com/selective-ksm/selective-ksm/test/missing"
 )
 
-type fake struct{ merged []string }
+type fake struct{ merged, synced []string }
+
+func (f *fake) Sync(_ context.Context, id string) error {
+	switch id {
+	case "late":
+		return fmt.Errorf("ending: %w", ErrNoEngine)
+	case "bad":
+		return errors.New("kept out")
+	}
+	f.synced = append(f.synced, id)
+	return nil
+}
+
+func (f *fake) Yield() bool { return true }
 
 func (f *fake) Merge(partition string) error {
 	if partition == "none" {
@@ -75,6 +92,18 @@ func TestControl(t *testing.T) {
 	if _, err := ask(ctx, dir, request{Command: "dance"}); err == nil || err.Error() != `unknown command "dance"` {
 		t.Errorf("got %v", err)
 	}
+	if err := Sync(ctx, dir, "a"); err != nil || !reflect.DeepEqual(e.synced, []string{"a"}) {
+		t.Errorf("synced %q, %v", e.synced, err)
+	}
+	if err := Sync(ctx, dir, "bad"); err == nil || err.Error() != "kept out" {
+		t.Errorf("got %v", err)
+	}
+	if err := Sync(ctx, dir, "late"); !errors.Is(err, ErrNoEngine) {
+		t.Errorf("of one that is ending: %v", err)
+	}
+	if yields, err := Yield(ctx, dir); err != nil || !yields {
+		t.Errorf("yields %v, %v", yields, err)
+	}
 	// One that says nothing does not keep the server.
 	silent, err := net.Dial("unix", filepath.Join(dir, socket))
 	if err != nil {
@@ -86,3 +115,55 @@ func TestControl(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// Nobody but root is answered, whatever the mode of the socket.
+func TestNotRoot(t *testing.T) {
+	if path := os.Getenv(asker); path != "" {
+		fmt.Println(Merge(t.Context(), path, ""))
+		return
+	}
+	if os.Getuid() != 0 {
+		missing.Skip(t, "not root")
+	}
+	dir := t.TempDir()
+	s, err := Listen(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	ended, e := make(chan error, 1), &fake{}
+	go func() { ended <- s.Serve(ctx, e) }()
+	// Its way is open to all.
+	program := filepath.Join(dir, "test")
+	content, err := os.ReadFile("/proc/self/exe")
+	if err == nil {
+		err = os.WriteFile(program, content, 0o755)
+	}
+	for path := dir; err == nil && path != os.TempDir() && path != "/"; path = filepath.Dir(path) {
+		err = os.Chmod(path, 0o755)
+	}
+	if err == nil {
+		err = os.Chmod(filepath.Join(dir, socket), 0o666)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command(program, "-test.run", "^TestNotRoot$")
+	cmd.Dir, cmd.Env = "/", append(os.Environ(), asker+"="+dir)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
+	out, err := cmd.CombinedOutput()
+	if err != nil || !strings.Contains(string(out), errNotRoot.Error()) {
+		t.Errorf("answered %q, %v", out, err)
+	}
+	if len(e.merged) > 0 {
+		t.Error("merged")
+	}
+	cancel()
+	if err := <-ended; err != nil {
+		t.Error(err)
+	}
+}
+
+// asker is an environment variable that names the directory in which the test's program
+// asks.
+const asker = "SELECTIVE_KSM_TEST_ASK"

@@ -1,0 +1,535 @@
+// Package hooks tests the hooks under the runtimes that call them. It needs what make
+// has built, and the runtimes.
+package hooks
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/selective-ksm/selective-ksm/engine"
+	"github.com/selective-ksm/selective-ksm/engine/control"
+	"github.com/selective-ksm/selective-ksm/test/e2e/border"
+	"github.com/selective-ksm/selective-ksm/test/e2e/partition"
+	"github.com/selective-ksm/selective-ksm/test/missing"
+	"github.com/selective-ksm/selective-ksm/test/pages"
+	workloads "github.com/selective-ksm/selective-ksm/test/workload/control"
+)
+
+// Where make puts what the tests run.
+var product, workload = built("selective-ksm"), built("workload")
+
+func built(name string) string {
+	path, err := filepath.Abs("../../build/bin/" + name)
+	if err != nil {
+		panic(err)
+	}
+	return path
+}
+
+// size is how many MiB of data a container has.
+const size = 8
+
+// patience is how long anything may take, in an emulated VM that is busy.
+const patience = 2 * time.Minute
+
+// within waits until something works.
+func within(t testing.TB, what string, works func() error) {
+	t.Helper()
+	deadline := time.Now().Add(patience)
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		err := works()
+		if err == nil {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("not within %v: %s: %v", patience, what, err)
+		}
+		<-tick.C
+	}
+}
+
+// node is the machine with the hooks installed.
+type node struct {
+	config  string
+	hooks   string
+	control string
+	log     string
+	// mainline is that the kernel has one merge space, so that one pod is merged.
+	mainline bool
+	// wrapper is a runtime whose containers are mergeable, where the kernel does not
+	// make them so.
+	wrapper map[string]string
+}
+
+func newNode(t testing.TB) *node {
+	t.Helper()
+	if os.Getuid() != 0 {
+		missing.Skip(t, "not root")
+	}
+	for _, path := range []string{product, workload} {
+		if _, err := os.Stat(path); err != nil {
+			missing.Skip(t, "not built: %v", err)
+		}
+	}
+	dir := t.TempDir()
+	n := &node{
+		config: filepath.Join(dir, "config.yaml"), hooks: filepath.Join(dir, "hooks.d"),
+		log: filepath.Join(dir, "log"), mainline: !partition.Supported(),
+	}
+	lock, err := engine.Lock(engine.RunDir)
+	if err != nil {
+		missing.Skip(t, "no engine can run: %v", err)
+	}
+	lock.Close()
+	settings := "startDelays: [0s, 3s, 10s, 30s, 90s]\nbudget: 100%\npartitionBudget: 100%\nlogFile: " + n.log + "\nlogLevel: debug\n"
+	if n.mainline {
+		settings += "interface: mainline\nmainlinePartition: first\n"
+	}
+	if err := os.WriteFile(n.config, []byte(settings), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	command(t, product, "hook", "install", "-dir", n.hooks, "-config", n.config, "-deadline", "8s")
+	command(t, product, "hook", "validate", "-dir", n.hooks)
+	// The path of a socket is short.
+	if n.control, err = os.MkdirTemp("", "control-"); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if t.Failed() {
+			log, _ := os.ReadFile(n.log)
+			t.Logf("the engine has logged:\n%s", log)
+		}
+		if err := os.RemoveAll(n.control); err != nil {
+			t.Error(err)
+		}
+	})
+	n.wrapper = map[string]string{}
+	for _, name := range []string{"runc", "crun"} {
+		path := filepath.Join(dir, name+"-mergeable")
+		script := fmt.Sprintf("#!/bin/sh\nexec %s runtime -- %s \"$@\"\n", product, name)
+		if err := os.WriteFile(path, []byte(script), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		n.wrapper[name] = path
+	}
+	return n
+}
+
+// merged is the runtime for containers that are to be merged.
+func (n *node) merged(name string) string {
+	if n.mainline {
+		return n.wrapper[name]
+	}
+	return name
+}
+
+// daemon runs the daemon until the test ends, or the function is called.
+func (n *node) daemon(t testing.TB) (stop func()) {
+	t.Helper()
+	cmd := exec.Command(product, "daemon", "-config", n.config)
+	var said strings.Builder
+	cmd.Stderr = &said
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	stop = sync.OnceFunc(func() {
+		if err := errors.Join(cmd.Process.Signal(os.Interrupt), cmd.Wait()); err != nil {
+			t.Errorf("daemon: %v: %s", err, said.String())
+		}
+	})
+	t.Cleanup(stop)
+	within(t, "daemon answers", func() error {
+		_, err := control.Status(t.Context(), engine.RunDir)
+		return err
+	})
+	return stop
+}
+
+// running is a container that runs, as the test sees it.
+type running struct {
+	name, tenant string
+	pid          int
+	data         workloads.Hello
+	conn         *workloads.Conn
+}
+
+// run starts a container, and waits for its data.
+func (n *node) run(t *testing.T, r runtime, name, pod string, args ...string) *running {
+	t.Helper()
+	listener, err := workloads.Listen(n.control)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer listener.Close()
+	r.start(t, name, pod, append([]string{"-control", n.control, "-size", fmt.Sprint(size)}, args...)...)
+	return n.accept(t, listener, name, pod)
+}
+
+func (n *node) accept(t *testing.T, listener *workloads.Listener, name, tenant string) *running {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	conn, err := listener.Accept(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	c := &running{name: name, tenant: tenant, data: conn.Hello, conn: conn}
+	// Who has these data at this place is the one who said so last: all others are known.
+	for _, pid := range processes(t, "workload") {
+		if !slices.Contains(seen, pid) {
+			c.pid = pid
+			seen = append(seen, pid)
+		}
+	}
+	if c.pid == 0 {
+		t.Fatalf("%s has no process", name)
+	}
+	return c
+}
+
+// seen are the processes that are known.
+var seen []int
+
+// processes are those of a name.
+func processes(t testing.TB, name string) []int {
+	t.Helper()
+	entries, err := os.ReadDir("/proc")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var found []int
+	for _, e := range entries {
+		var pid int
+		if _, err := fmt.Sscan(e.Name(), &pid); err != nil {
+			continue
+		}
+		if comm, err := os.ReadFile(filepath.Join("/proc", e.Name(), "comm")); err == nil && strings.TrimSpace(string(comm)) == name {
+			found = append(found, pid)
+		}
+	}
+	return found
+}
+
+// check has a container look at its data.
+func (c *running) check(t *testing.T) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	if _, err := c.conn.Do(ctx, workloads.Request{Op: workloads.Check}); err != nil {
+		t.Errorf("%s: %v", c.name, err)
+	}
+}
+
+func (c *running) process() border.Process {
+	return border.Process{Tenant: c.tenant, Name: c.name, PID: c.pid}
+}
+
+// shared is how many pages of data two containers share.
+func shared(a, b *running) (int, error) {
+	mine, err := pages.Range(a.pid, a.data.Start, a.data.End)
+	if err != nil {
+		return 0, err
+	}
+	theirs, err := pages.Range(b.pid, b.data.Start, b.data.End)
+	if err != nil {
+		return 0, err
+	}
+	return pages.Merged(mine, theirs)
+}
+
+// merge waits until two containers share all data.
+func merge(t *testing.T, a, b *running) {
+	t.Helper()
+	within(t, fmt.Sprintf("%s and %s are merged", a.name, b.name), func() error {
+		n, err := shared(a, b)
+		if err == nil && n < size<<20/os.Getpagesize() {
+			err = fmt.Errorf("they share %d pages", n)
+		}
+		return err
+	})
+}
+
+// clean waits until there is nothing left of any container.
+func (n *node) clean(t testing.TB) {
+	t.Helper()
+	within(t, "nothing is left", func() error {
+		files, err := filepath.Glob(filepath.Join(engine.RunDir, "hooks", "*.json"))
+		if err == nil && len(files) > 0 {
+			err = fmt.Errorf("files %q", files)
+		}
+		if err != nil || n.mainline {
+			return err
+		}
+		partitions, err := partition.List()
+		if err == nil && len(partitions) > 0 {
+			err = fmt.Errorf("partitions %q", partitions)
+		}
+		return err
+	})
+}
+
+// ended waits until no engine runs any more.
+func ended(t testing.TB) {
+	t.Helper()
+	within(t, "the worker has ended", func() error {
+		lock, err := engine.Lock(engine.RunDir)
+		if err != nil {
+			return err
+		}
+		return lock.Close()
+	})
+}
+
+// each runs a test with each runtime, by a worker and by the daemon.
+func each(t *testing.T, test func(t *testing.T, n *node, r runtime, use func(mergeable bool))) {
+	for _, engines := range []string{"worker", "daemon"} {
+		for _, name := range []string{"podman", "runc", "crun"} {
+			t.Run(name+" with "+engines, func(t *testing.T) {
+				n := newNode(t)
+				if _, err := exec.LookPath(name); err != nil {
+					missing.Skip(t, "%v", err)
+				}
+				if name == "crun" && n.mainline {
+					t.Skip("crun of Debian 12 runs in the VM only: it takes no hybrid cgroups")
+				}
+				if engines == "daemon" {
+					n.daemon(t)
+				}
+				var r runtime
+				var set *string
+				low := name
+				if name == "podman" {
+					low = "runc"
+					p := &podman{hooks: n.hooks, control: n.control, native: n.mainline}
+					r, set = p, &p.runtime
+				} else {
+					b := &bundles{hooks: n.hooks, control: n.control}
+					r, set = b, &b.runtime
+				}
+				test(t, n, r, func(mergeable bool) {
+					if *set = low; mergeable {
+						*set = n.merged(low)
+					}
+				})
+				n.clean(t)
+				if engines == "worker" {
+					ended(t)
+				}
+			})
+		}
+	}
+}
+
+// Containers of a pod share what is the same in them, from their start, and those of
+// two pods nothing, whatever happens to them.
+func TestPods(t *testing.T) {
+	each(t, func(t *testing.T, n *node, r runtime, use func(bool)) {
+		use(true)
+		shop := r.pod(t, "hooks-shop")
+		a := n.run(t, r, "hooks-a", shop)
+		b := n.run(t, r, "hooks-b", shop)
+		use(false)
+		bank := r.pod(t, "hooks-bank")
+		c := n.run(t, r, "hooks-c", bank)
+		d := n.run(t, r, "hooks-d", bank)
+		guard := border.Watch()
+		guard.Add(a.process(), b.process(), c.process(), d.process())
+
+		merge(t, a, b)
+		if !n.mainline {
+			merge(t, c, d)
+		}
+		for _, each := range []*running{a, b, c, d} {
+			each.check(t)
+		}
+		guard.Sweep()
+
+		// One that comes back, as another process with the same id.
+		listener, err := workloads.Listen(n.control)
+		if err != nil {
+			t.Fatal(err)
+		}
+		b.conn.Close()
+		r.restart(t, "hooks-b")
+		b = n.accept(t, listener, "hooks-b", shop)
+		listener.Close()
+		guard.Add(b.process())
+		merge(t, a, b)
+
+		guard.Sweep()
+		_, crossings, err := guard.Stop()
+		if err != nil {
+			t.Error(err)
+		}
+		for _, x := range crossings {
+			t.Error(x)
+		}
+		r.stop(t, "hooks-a", true)
+		r.stop(t, "hooks-c", false)
+		r.stop(t, "hooks-b", false)
+		r.stop(t, "hooks-d", true)
+	})
+}
+
+// many is how many containers come and go at the same time. Podman, which takes seconds
+// for anything in an emulated VM, is given as many on this machine's kernel only.
+const many, manyEmulated = 50, 10
+
+// Containers that come and go at once, in pods of five, end with nothing left, however
+// they end.
+func TestMany(t *testing.T) {
+	each(t, func(t *testing.T, n *node, r runtime, use func(bool)) {
+		use(false)
+		many := many
+		if _, slow := r.(*podman); slow && !n.mainline {
+			many = manyEmulated
+		}
+		var pods []string
+		for i := range many / 5 {
+			pods = append(pods, r.pod(t, fmt.Sprint("hooks-pod", i)))
+		}
+		// A runtime is given what it needs for a container before it is asked for many.
+		each := make([]func() error, many)
+		for i := range each {
+			each[i] = r.brief(t, fmt.Sprint("hooks-many", i), pods[i%len(pods)], i%2 == 0)
+		}
+		var working sync.WaitGroup
+		failed := make(chan error, many)
+		for _, life := range each {
+			working.Go(func() {
+				if err := life(); err != nil {
+					failed <- err
+				}
+			})
+		}
+		working.Wait()
+		close(failed)
+		for err := range failed {
+			t.Error(err)
+		}
+	})
+}
+
+// Engines come and go under containers: a daemon takes over from a worker, and workers
+// from one that was killed.
+func TestEngines(t *testing.T) {
+	n := newNode(t)
+	r := &bundles{hooks: n.hooks, control: n.control, runtime: n.merged("runc")}
+	if _, err := exec.LookPath("runc"); err != nil {
+		missing.Skip(t, "%v", err)
+	}
+	pod := r.pod(t, "hooks-shop")
+	a := n.run(t, r, "hooks-a", pod)
+	stop := n.daemon(t)
+	within(t, "the daemon has it", func() error {
+		all, err := control.Status(t.Context(), engine.RunDir)
+		if err == nil && (len(all) != 1 || len(all[0].Containers) != 1 || !all[0].Containers[0].Running) {
+			err = fmt.Errorf("it has %+v", all)
+		}
+		return err
+	})
+	if again, err := try(product, "daemon", "-config", n.config); err == nil || !strings.Contains(again, "another engine runs on this machine: stop it first") {
+		t.Errorf("a second daemon: %s, %v", again, err)
+	}
+	stop()
+	b := n.run(t, r, "hooks-b", pod)
+	merge(t, a, b)
+
+	c := n.run(t, r, "hooks-c", pod)
+	killed := 0
+	for _, pid := range processes(t, "selective-ksm") {
+		if line, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid)); err == nil && strings.Contains(string(line), "\x00worker\x00") && strings.Contains(string(line), n.config) {
+			if err := syscall.Kill(pid, syscall.SIGKILL); err == nil {
+				killed++
+			}
+		}
+	}
+	if killed == 0 {
+		t.Error("no worker runs")
+	}
+	d := n.run(t, r, "hooks-d", pod)
+	merge(t, c, d)
+	merge(t, a, d)
+	for _, each := range []*running{a, b, c, d} {
+		each.check(t)
+		r.stop(t, each.name, true)
+	}
+	n.clean(t)
+	ended(t)
+}
+
+// A hook that cannot do its work says why in a line, in time, and is no failure of the
+// container, unless it is told to be.
+func TestFailures(t *testing.T) {
+	n := newNode(t)
+	hook := func(t *testing.T, stdin any, args ...string) (status int, line string, took time.Duration) {
+		t.Helper()
+		cmd := exec.Command(product, append([]string{"hook"}, args...)...)
+		switch in := stdin.(type) {
+		case string:
+			cmd.Stdin = strings.NewReader(in)
+		case *os.File:
+			cmd.Stdin = in
+		}
+		begin := time.Now()
+		out, err := cmd.CombinedOutput()
+		if exit := (*exec.ExitError)(nil); err != nil && !errors.As(err, &exit) {
+			t.Fatal(err)
+		}
+		return cmd.ProcessState.ExitCode(), string(out), time.Since(begin)
+	}
+	read, keep, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer read.Close()
+	defer keep.Close()
+	broken := n.config + ".broken"
+	if err := os.WriteFile(broken, []byte("partitionBy: moon\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	self := fmt.Sprintf(`{"ociVersion":"1.0.2","id":"hooks-self","status":"creating","pid":%d,"bundle":"/"}`, os.Getpid())
+	for name, tc := range map[string]struct {
+		stdin any
+		args  []string
+		want  string
+	}{
+		"malformed": {"{", []string{"createRuntime", "-config", n.config},
+			"selective-ksm: hook createRuntime: state of the container: not JSON as the runtime specification has it: unexpected end of JSON input\n"},
+		"not its container": {self, []string{"createRuntime", "-config", n.config},
+			fmt.Sprintf("selective-ksm: hook createRuntime: container hooks-self is not merged: process %d is in no cgroup that is named after the container\n", os.Getpid())},
+		"configuration": {self, []string{"poststart", "-config", broken},
+			"selective-ksm: hook poststart: " + broken + `: line 1: partitionBy: "moon" is not known: write pod or container` + "\n"},
+		"stage": {self, []string{"prestart", "-config", n.config},
+			"selective-ksm: hook prestart: the stage is not known: see selective-ksm help\n"},
+		"says nothing": {read, []string{"createRuntime", "-config", n.config, "-deadline", "200ms"},
+			"selective-ksm: hook createRuntime: state of the container: standard input: context deadline exceeded\n"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			status, line, took := hook(t, tc.stdin, tc.args...)
+			if status != 0 || line != tc.want {
+				t.Errorf("status %d, and it says\n\t%swant\n\t%s", status, line, tc.want)
+			}
+			if took > patience/2 {
+				t.Errorf("took %v", took)
+			}
+			if status, line, _ := hook(t, tc.stdin, append(tc.args, "-strict")...); status != 1 || line != tc.want {
+				t.Errorf("strict: status %d, and it says\n\t%swant\n\t%s", status, line, tc.want)
+			}
+		})
+	}
+	n.clean(t)
+}
