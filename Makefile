@@ -1,6 +1,7 @@
 # make demo          the main job, on real containers in a VM
 # make test          everything
 # make check         format, vet, lint and unit tests: less than a minute
+# make test-hooks    OCI hooks, with podman, runc and crun
 # make test-kernel   the kernel series in all its shapes, and under stress
 # make stress        STRESS=10m of all that may go wrong, on a kernel that checks itself
 # make bench         what the plugin costs, in a VM
@@ -45,7 +46,7 @@ demo: packages kernel tools build/bin/selective-ksm build/bin/workload build/bin
 	@$(VM) -- build/bin/demo
 
 .PHONY: test
-test: check test-vm test-kernel
+test: check test-vm test-kernel test-hooks
 
 .PHONY: check
 check: packages build/bin/selective-ksm build/bin/workload
@@ -60,7 +61,6 @@ check: packages build/bin/selective-ksm build/bin/workload
 test-vm: packages kernel tools build/bin/selective-ksm build/bin/workload build/bin/actor build/bin/demo build/bin/vm
 	SELECTIVE_KSM_KERNEL=$(CURDIR)/$(KERNEL) go test -count=1 -p 1 -timeout 30m ./test/vm/...
 	go test -count=1 -p 1 -timeout 30m -exec "$(VM) -timeout 25m -env SELECTIVE_KSM_VM=1 --" ./engine/... ./test/kernel ./test/pages ./test/e2e/...
-	go test -count=1 -timeout 45m -exec "$(VM) -timeout 40m -env SELECTIVE_KSM_VM=1 --" ./test/hooks
 	$(MAKE) demo
 
 # What takes more kernels than one.
@@ -71,6 +71,12 @@ test-kernel: packages kernel-check kernels build/bin/actor build/bin/vm
 	go test -count=1 -p 1 -run 'Conformance|VM(Partitions|Restart|Processes)' \
 		-exec "$(call vm,stock) -env SELECTIVE_KSM_VM=1 --" ./engine ./engine/kernel/mainline
 	$(call stress,2m)
+
+# Hooks, on this machine's kernel and in the VM.
+.PHONY: test-hooks
+test-hooks: packages kernel tools build/bin/selective-ksm build/bin/workload build/bin/vm
+	go test -count=1 ./test/hooks
+	go test -count=1 -timeout 30m -exec "$(VM) -timeout 25m -env SELECTIVE_KSM_VM=1 --" ./test/hooks
 
 .PHONY: stress
 stress: packages debug-kernel build/bin/actor build/bin/vm
