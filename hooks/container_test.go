@@ -8,6 +8,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/opencontainers/runtime-spec/specs-go"
 
@@ -81,6 +82,22 @@ func TestContainer(t *testing.T) {
 				CgroupsPath: "/kubepods.slice/kubepods-pod1.slice/crio-" + id + ".scope", Partition: "sksm-pod-" + sandbox[:22],
 			},
 		},
+		"own annotations": {
+			lines: "0::/" + id + "\n", cgroup: id,
+			annotations: map[string]string{
+				"io.kubernetes.cri-o.SandboxID": sandbox, "io.kubernetes.container.name": "web",
+				"partition.selective-ksm.dev":                 "pod",
+				"partition.selective-ksm.dev/container.web":   "container",
+				"partition.selective-ksm.dev/container.other": "pod",
+				"merge.selective-ksm.dev/pod":                 "on-demand",
+				"interval.selective-ksm.dev":                  "90s",
+				"include-secrets.selective-ksm.dev":           "true",
+			},
+			want: engine.Container{
+				Name: "web", SandboxID: sandbox, CgroupsPath: "/" + id, Partition: "sksm-ctr-" + id[:22],
+				OnDemand: true, Interval: 90 * time.Second, Secrets: true,
+			},
+		},
 		"containerd on cgroup v1": {
 			lines:  "9:name=systemd:/\n4:memory:/kubepods/pod1/" + id + "\n0::/\n",
 			cgroup: "memory/kubepods/pod1/" + id,
@@ -121,6 +138,9 @@ func TestContainerRefused(t *testing.T) {
 		"not a member":   {"0::/libpod-" + id + "\n", pid, nil, "process 4711 is in no cgroup that is named after the container"},
 		"two runtimes": {own, pid, map[string]string{crio.sandbox: sandbox, containerd.sandbox: id},
 			"annotations io.kubernetes.cri-o.SandboxID and io.kubernetes.cri.sandbox-id are both there, of which only one can be the runtime's"},
+		"off": {own, pid, map[string]string{"merge.selective-ksm.dev": "off"}, `merge.selective-ksm.dev is "off"`},
+		"system's": {own, pid, map[string]string{crio.sandbox: sandbox, crio.namespace: "kube-system"},
+			`pods.namespaces.exclude of the configuration has its namespace "kube-system"`},
 		"bad pod": {own, pid, map[string]string{crio.sandbox: "a/b\n"},
 			`annotation io.kubernetes.cri-o.SandboxID: "a/b\n" is not the id of a pod`},
 	} {
