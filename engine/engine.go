@@ -153,8 +153,9 @@ type member struct {
 	result   Result // of the last merge
 
 	// For the worker.
-	warned map[string]bool
-	seen   map[int]look // processes, as they were when they were last merged
+	unmerge bool // first, as its memory may be in a partition of an engine before
+	warned  map[string]bool
+	seen    map[int]look // processes, as they were when they were last merged
 
 	// For the sweep.
 	cgroup bool // has been there
@@ -313,10 +314,20 @@ func (e *Engine) Reconcile(created, running []Container) error {
 
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	known := map[string]bool{}
+	known, needed := map[string]bool{}, map[string]bool{}
 	for _, c := range slices.Concat(running, created) {
-		known[c.ID] = true
+		known[c.ID], needed[c.Partition] = true, true
+	}
+	// A kernel that does not remove one partition alone keeps what is merged in it, and
+	// nothing there keeps a process from being merged in two.
+	orphan := func(name string) bool { return e.owned(name) && !needed[name] && e.partitions[name] == nil }
+	unmerge := e.features.WideRemoval && !e.features.OneSpace && slices.ContainsFunc(existing, orphan)
+	for _, c := range slices.Concat(running, created) {
+		before := e.members[c.ID]
 		e.join(c)
+		if m := e.members[c.ID]; m != nil && m != before {
+			m.unmerge = unmerge
+		}
 	}
 	for _, c := range running {
 		e.start(c.ID)

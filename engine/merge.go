@@ -200,6 +200,17 @@ func (s *pass) run(ctx context.Context) {
 		p.engine.warn(m, "container is not merged: its processes were not found", err)
 		return
 	}
+	if m.unmerge {
+		for _, proc := range processes {
+			err := s.ask(ctx, proc, func() error { return p.engine.kernel.Unmerge(ctx, p.name, proc.Pid()) })
+			if err != nil && !gone(err) {
+				closeAll(processes)
+				s.failed(err)
+				return
+			}
+		}
+		m.unmerge = false
+	}
 	for _, proc := range processes {
 		if ctx.Err() == nil && !p.spoilt && p.exists && s.process(ctx, proc) {
 			s.merged = append(s.merged, proc)
@@ -208,6 +219,12 @@ func (s *pass) run(ctx context.Context) {
 		}
 	}
 	s.took = time.Since(begin)
+}
+
+func closeAll(processes []handle) {
+	for _, proc := range processes {
+		proc.Close()
+	}
 }
 
 // quiet reports whether the container has the same processes as when it was last

@@ -315,6 +315,34 @@ func TestMoveWaitsForTheOldPartition(t *testing.T) {
 
 // On a kernel whose removal of one partition unmerges others, none is removed while
 // another is in use.
+// Where a partition of another engine stays, what is merged in it may be another
+// partition's next: that is unmerged first.
+func TestUnmergedAfterRestart(t *testing.T) {
+	on(t, kernel.Features{WideRemoval: true, SharedCounters: true, PageByPage: true}, func(b *bench) {
+		b.machine.partitions["own-old"] = true
+		a := b.container("a", "own-1", 11)
+		if err := b.Reconcile(nil, []Container{a}); err != nil {
+			t.Fatal(err)
+		}
+		fail := true
+		b.failWith(func(call string) error {
+			if fail && call == "unmerge own-1 11" {
+				return errors.New("no memory")
+			}
+			return nil
+		})
+		time.Sleep(time.Second)
+		b.expect("add own-1", "unmerge own-1 11")
+		fail = false
+		time.Sleep(10 * time.Minute)
+		synctest.Wait()
+		if calls := b.took(); len(calls) < 2 || calls[0] != "unmerge own-1 11" || calls[1] != "merge own-1 11 1000-5000" ||
+			slices.Contains(calls[1:], "unmerge own-1 11") {
+			t.Errorf("calls are %v", calls)
+		}
+	})
+}
+
 func TestWideRemoval(t *testing.T) {
 	on(t, kernel.Features{WideRemoval: true, SharedCounters: true, PageByPage: true}, func(b *bench) {
 		b.machine.partitions["own-orphan"] = true
@@ -326,7 +354,9 @@ func TestWideRemoval(t *testing.T) {
 		synctest.Wait()
 		got := b.took()
 		slices.Sort(got)
-		if want := []string{"add own-1", "add own-2", "merge own-1 11 1000-5000", "merge own-2 12 1000-5000"}; !slices.Equal(got, want) {
+		if want := []string{
+			"add own-1", "add own-2", "merge own-1 11 1000-5000", "merge own-2 12 1000-5000", "unmerge own-1 11", "unmerge own-2 12",
+		}; !slices.Equal(got, want) {
 			t.Errorf("calls are %v, want %v", got, want)
 		}
 		if o := b.options[0]; !o.Exact {
