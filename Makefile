@@ -56,11 +56,15 @@ check: packages build/bin/selective-ksm build/bin/workload
 	go run $(STATICCHECK) ./...
 	CGO_ENABLED=1 go test -race $$(go list ./... | grep -v /test/hooks)
 
+# Tests that ask no kernel for anything, and have much to do: make check runs them.
+HOSTED := TestFaults|TestDelays|TestPartitionsVanish
+
 # The tests of the VM, and those that need a kernel with Selective KSM, in it.
 .PHONY: test-vm
 test-vm: packages kernel tools build/bin/selective-ksm build/bin/workload build/bin/actor build/bin/demo build/bin/vm
 	SELECTIVE_KSM_KERNEL=$(CURDIR)/$(KERNEL) go test -count=1 -p 1 -timeout 30m ./test/vm/...
-	go test -count=1 -p 1 -timeout 30m -exec "$(VM) -timeout 25m -env SELECTIVE_KSM_VM=1 --" ./engine/... ./test/kernel ./test/pages ./test/e2e/...
+	go test -count=1 -p 1 -timeout 30m -skip '$(HOSTED)' -exec "$(VM) -timeout 25m -env SELECTIVE_KSM_VM=1 --" \
+		./engine/... ./test/kernel ./test/pages ./test/e2e/...
 	$(MAKE) demo
 
 # What takes more kernels than one.
