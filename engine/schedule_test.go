@@ -324,16 +324,15 @@ func TestUnmergedAfterRestart(t *testing.T) {
 		if err := b.Reconcile(nil, []Container{a}); err != nil {
 			t.Fatal(err)
 		}
-		fail := true
 		b.failWith(func(call string) error {
-			if fail && call == "unmerge own-1 11" {
+			if call == "unmerge own-1 11" {
 				return errors.New("no memory")
 			}
 			return nil
 		})
 		time.Sleep(time.Second)
 		b.expect("add own-1", "unmerge own-1 11")
-		fail = false
+		b.failWith(nil)
 		time.Sleep(10 * time.Minute)
 		synctest.Wait()
 		if calls := b.took(); len(calls) < 2 || calls[0] != "unmerge own-1 11" || calls[1] != "merge own-1 11 1000-5000" ||
