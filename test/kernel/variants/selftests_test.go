@@ -32,11 +32,25 @@ var ksmSelftests = []string{
 func TestOptionOffIsAsStock(t *testing.T) {
 	// The same programs for both: those of the kernel without the series.
 	programs := built(t, "kernel/stock/selftests")
-	stock := selftests(t, "stock", programs, ksmSelftests)
-	off := selftests(t, "option-off", programs, ksmSelftests)
-	if !slices.Equal(stock, off) {
-		t.Errorf("the kernel's selftests find on stock:\n%s\nand with the series and the option off:\n%s",
-			strings.Join(stock, "\n"), strings.Join(off, "\n"))
+	var stock, off []string
+	// On a busy machine a selftest may fail that counts ksmd's scans. What is the
+	// series' doing fails each time.
+	const rounds = 3
+	for round := 1; ; round++ {
+		stock = selftests(t, "stock", programs, ksmSelftests)
+		off = selftests(t, "option-off", programs, ksmSelftests)
+		if slices.Equal(stock, off) {
+			break
+		}
+		report := t.Logf
+		if round == rounds {
+			report = t.Errorf
+		}
+		report("round %d: the kernel's selftests find on stock:\n%s\nand with the series and the option off:\n%s",
+			round, strings.Join(stock, "\n"), strings.Join(off, "\n"))
+		if round == rounds {
+			break
+		}
 	}
 	if !slices.ContainsFunc(stock, func(line string) bool { return strings.HasPrefix(line, "ok ") && !skip.MatchString(line) }) {
 		t.Errorf("not one of the kernel's selftests passes on stock:\n%s", strings.Join(stock, "\n"))
