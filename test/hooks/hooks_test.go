@@ -95,7 +95,7 @@ func newNode(t testing.TB) *node {
 	lock.Close()
 	settings := "startDelays: [0s, 3s, 10s, 30s, 90s]\nbudget: 100%\npartitionBudget: 100%\nlogFile: " + n.log + "\nlogLevel: debug\n"
 	if n.mainline {
-		settings += "interface: mainline\nmainlinePartition: first\n"
+		settings += "interface: mainline\nmainlinePartition: first\nsecrets: true\n"
 	}
 	if err := os.WriteFile(n.config, []byte(settings), 0o644); err != nil {
 		t.Fatal(err)
