@@ -1,5 +1,5 @@
 # make demo          the main job, on real containers in a VM
-# make test          everything but test-hooks
+# make test          everything
 # make check         format, vet, lint and unit tests: less than a minute
 # make test-hooks    OCI hooks, with podman, runc and crun
 # make test-kernel   the kernel series in all its shapes, and under stress
@@ -46,7 +46,7 @@ demo: packages kernel tools build/bin/selective-ksm build/bin/workload build/bin
 	@$(VM) -- build/bin/demo
 
 .PHONY: test
-test: check test-vm test-kernel
+test: check test-vm test-kernel test-hooks
 
 .PHONY: check
 check: packages build/bin/selective-ksm build/bin/workload
@@ -76,7 +76,7 @@ test-kernel: packages kernel-check kernels build/bin/actor build/bin/vm
 		-exec "$(call vm,stock) -env SELECTIVE_KSM_VM=1 --" ./engine ./engine/kernel/mainline
 	$(call stress,2m)
 
-# Hooks, on this machine's kernel and in the VM: not a part of make test yet.
+# Hooks, on this machine's kernel and in the VM.
 .PHONY: test-hooks
 test-hooks: packages kernel tools build/bin/selective-ksm build/bin/workload build/bin/vm
 	go test -count=1 ./test/hooks

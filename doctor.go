@@ -3,9 +3,7 @@ package main
 import (
 	"context"
 	"errors"
-	"flag"
 	"fmt"
-	"io"
 	"os"
 
 	"github.com/selective-ksm/selective-ksm/engine"
@@ -21,13 +19,10 @@ import (
 // that the engine could not run here.
 func runDoctor(args []string) error {
 	var path string
-	flags := flag.NewFlagSet("doctor", flag.ContinueOnError)
-	flags.SetOutput(io.Discard)
+	flags := newFlags("doctor")
 	flags.StringVar(&path, "config", "", "")
-	if err := flags.Parse(args); errors.Is(err, flag.ErrHelp) {
+	if err := parse(flags, args); err != nil {
 		return err
-	} else if err != nil || flags.NArg() > 0 {
-		return fmt.Errorf("doctor: takes -config FILE, or nothing: %w", errUsage)
 	}
 	cfg, err := load(path)
 	if err != nil {
@@ -46,7 +41,7 @@ func runDoctor(args []string) error {
 		failed = errors.Join(suits(k, cfg), k.Close())
 	}
 	if os.Geteuid() != 0 {
-		failed = errors.Join(failed, errors.New("not root: the kernel lets only root merge the memory of others"))
+		failed = errors.Join(failed, errNotRoot)
 	}
 	say("cgroups below "+cgroup.DefaultRoot, exists(cgroup.DefaultRoot))
 	say("pressure stall information", exists(pressure.Node))

@@ -37,23 +37,15 @@ func runDaemon(args []string) error {
 	if err := parse(flags, args); err != nil {
 		return err
 	}
-	cfg, err := load(path)
-	if err != nil {
-		return err
-	}
-	log := logrus.New()
-	if err := setLog(log, cfg); err != nil {
-		return fmt.Errorf("%s: %w", path, err)
-	}
-	h, err := openHost(cfg, log)
+	h, err := openHost(path)
 	if err != nil {
 		return err
 	}
 	defer h.Close()
 	h.report()
-	r := hooks.NewRegistry(h.engine, h.members, log)
+	r := hooks.NewRegistry(h.engine, h.members, h.log)
 	if err := r.Reconcile(nil, nil); err != nil {
-		log.WithError(err).Warn("partitions that are not needed any more may stay")
+		h.log.WithError(err).Warn("partitions that are not needed any more may stay")
 	}
 	return h.run(r, func(ctx context.Context) error {
 		<-ctx.Done()
@@ -231,25 +223,6 @@ func runRuntime(args []string) error {
 	status, err := optin.Exec(args)
 	complain(err)
 	os.Exit(status)
-	return nil
-}
-
-func newFlags(name string) *flag.FlagSet {
-	flags := flag.NewFlagSet(name, flag.ContinueOnError)
-	flags.SetOutput(io.Discard)
-	return flags
-}
-
-// parse parses flags of a command that takes nothing else.
-func parse(flags *flag.FlagSet, args []string) error {
-	if err := flags.Parse(args); errors.Is(err, flag.ErrHelp) {
-		return err
-	} else if err != nil {
-		return fmt.Errorf("%s: %w: %w", flags.Name(), err, errUsage)
-	}
-	if flags.NArg() > 0 {
-		return fmt.Errorf("%s: argument %q is not known: %w", flags.Name(), flags.Arg(0), errUsage)
-	}
 	return nil
 }
 

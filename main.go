@@ -124,6 +124,25 @@ func main() {
 	}
 }
 
+func newFlags(name string) *flag.FlagSet {
+	flags := flag.NewFlagSet(name, flag.ContinueOnError)
+	flags.SetOutput(io.Discard)
+	return flags
+}
+
+// parse parses flags of a command that takes nothing else.
+func parse(flags *flag.FlagSet, args []string) error {
+	if err := flags.Parse(args); errors.Is(err, flag.ErrHelp) {
+		return err
+	} else if err != nil {
+		return fmt.Errorf("%s: %w: %w", flags.Name(), err, errUsage)
+	}
+	if flags.NArg() > 0 {
+		return fmt.Errorf("%s: argument %q is not known: %w", flags.Name(), flags.Arg(0), errUsage)
+	}
+	return nil
+}
+
 func complain(err error) { fmt.Fprintf(os.Stderr, "selective-ksm: %v\n", err) }
 
 // runPlugin runs the plugin until a signal ends it, or its runtime. What is merged
@@ -133,41 +152,27 @@ func runPlugin(args []string) error {
 		path string
 		o    plugin.Options
 	)
-	flags := flag.NewFlagSet("plugin", flag.ContinueOnError)
-	flags.SetOutput(io.Discard)
+	flags := newFlags("plugin")
 	flags.StringVar(&path, "config", "", "")
 	flags.StringVar(&o.Name, "name", "selective-ksm", "")
 	flags.StringVar(&o.Index, "idx", "90", "")
 	flags.StringVar(&o.Socket, "socket", api.DefaultSocketPath, "")
-	if err := flags.Parse(args); errors.Is(err, flag.ErrHelp) {
+	if err := parse(flags, args); err != nil {
 		return err
-	} else if err != nil {
-		return fmt.Errorf("plugin: %w: %w", err, errUsage)
-	}
-	if flags.NArg() > 0 {
-		return fmt.Errorf("plugin: argument %q is not known: %w", flags.Arg(0), errUsage)
 	}
 	if err := api.CheckPluginIndex(o.Index); err != nil {
 		return fmt.Errorf("plugin: -idx %s: write two digits: %w", o.Index, errUsage)
 	}
 
-	cfg, err := load(path)
-	if err != nil {
-		return err
-	}
-	if path != "" {
-		o.Config = &cfg
-	}
-	log := logrus.New()
-	if err := setLog(log, cfg); err != nil {
-		return fmt.Errorf("%s: %w", path, err)
-	}
-	h, err := openHost(cfg, log)
+	h, err := openHost(path)
 	if err != nil {
 		return err
 	}
 	defer h.Close()
-	e := h.engine
+	e, cfg, log := h.engine, h.cfg, h.log
+	if path != "" {
+		o.Config = &cfg
+	}
 	registry := hooks.NewRegistry(e, h.members, log)
 	o.Log, o.Dir, o.Interface = log, engine.RunDir, interfaceOf(h.kernel)
 	o.Engine = reporting{e, registry, sync.OnceFunc(h.report)}
@@ -190,6 +195,9 @@ func runPlugin(args []string) error {
 			return c, errors.New("it is the runtime's: start the plugin with -config to have it read anew")
 		case !reflect.DeepEqual(lookFor(c), lookFor(cfg)):
 			return c, fmt.Errorf("%s: interface, syscalls or mainlinePartition is another than at the start: start the plugin anew for that", path)
+		}
+		if err := suits(h.kernel, c); err != nil {
+			return c, fmt.Errorf("%s: %w", path, err)
 		}
 		if out, err := openLog(c); err != nil {
 			return c, fmt.Errorf("%s: %w", path, err)
@@ -308,8 +316,7 @@ func tellsDirty(log logrus.FieldLogger) bool {
 
 // runMerge has the running engine merge.
 func runMerge(args []string) error {
-	flags := flag.NewFlagSet("merge", flag.ContinueOnError)
-	flags.SetOutput(io.Discard)
+	flags := newFlags("merge")
 	if err := flags.Parse(args); errors.Is(err, flag.ErrHelp) {
 		return err
 	} else if err != nil || flags.NArg() > 1 {
@@ -320,8 +327,8 @@ func runMerge(args []string) error {
 
 // runStatus shows what the running engine has.
 func runStatus(args []string) error {
-	if len(args) > 0 {
-		return fmt.Errorf("status: takes nothing: %w", errUsage)
+	if err := parse(newFlags("status"), args); err != nil {
+		return err
 	}
 	all, err := control.Status(context.Background(), engine.RunDir)
 	if err != nil {

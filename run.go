@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"os/signal"
 	"runtime/debug"
@@ -32,9 +33,17 @@ type host struct {
 	engine  *engine.Engine
 }
 
-// openHost makes the caller's engine that of the machine. An error is that it cannot
-// be, or that there is one.
-func openHost(cfg config.Config, log *logrus.Logger) (*host, error) {
+// openHost makes the caller's engine that of the machine, as a file configures it if
+// there is one. An error is that it cannot be, or that there is one.
+func openHost(path string) (*host, error) {
+	cfg, err := load(path)
+	if err != nil {
+		return nil, err
+	}
+	log := logrus.New()
+	if err := setLog(log, cfg); err != nil {
+		return nil, fmt.Errorf("%s: %w", path, err)
+	}
 	return lockHost(cfg, log, hooks.Lock)
 }
 

@@ -249,6 +249,15 @@ func (e *Engine) Add(ctx context.Context, c Container) error {
 	return fmt.Errorf("container %s: %w", c.ID, p.refused)
 }
 
+// Knows reports whether somebody has told of a container, be it in a partition or in
+// none, and not that it has ended.
+func (e *Engine) Knows(containerID string) bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	_, outside := e.outside[containerID]
+	return outside || e.members[containerID] != nil
+}
+
 // Start says that a container runs: its partition is merged after the start
 // delays. Containers that are not members are ignored.
 func (e *Engine) Start(containerID string) {

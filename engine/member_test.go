@@ -172,6 +172,9 @@ func TestOutside(t *testing.T) {
 		if s := b.Status(); len(s) != 1 || len(s[0].Containers) != 1 {
 			t.Errorf("status is %+v", s)
 		}
+		if !b.Knows("a") || !b.Knows("c") || b.Knows("b") {
+			t.Error("it does not know those that it was told of, and no other")
+		}
 		b.set(func(m *machine) { m.mergeableAll = []int{11, 12} })
 		b.Start("a")
 		time.Sleep(time.Second)

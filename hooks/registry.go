@@ -23,6 +23,7 @@ type Engine interface {
 	Start(containerID string)
 	Stop(containerID string)
 	Reconcile(created, running []engine.Container) error
+	Knows(containerID string) bool
 	Status() []engine.PartitionStatus
 }
 
@@ -128,7 +129,7 @@ func (r *Registry) Sync(ctx context.Context, id string) error {
 		}
 		return nil
 	}
-	return r.look(ctx, m, r.others())
+	return r.look(ctx, m)
 }
 
 // Reconcile is that of the engine, for those containers that hooks have told of, and
@@ -193,11 +194,10 @@ func (r *Registry) sweep(ctx context.Context) (changed bool) {
 			changed = true
 		}
 	}
-	others := r.others()
 	for _, m := range all {
 		have := r.known[m.ID]
-		changed = changed || !others[m.ID] && (have == nil || have.Started != m.Started || !have.Created.Equal(m.Created))
-		if err := r.look(ctx, m, others); err != nil {
+		changed = changed || !r.somebodys(m.ID) && (have == nil || have.Started != m.Started || !have.Created.Equal(m.Created))
+		if err := r.look(ctx, m); err != nil {
 			r.log.WithError(err).WithField("container_id", m.ID).Debug("container is not merged")
 		}
 	}
@@ -205,7 +205,7 @@ func (r *Registry) sweep(ctx context.Context) (changed bool) {
 }
 
 // look brings the engine to know what is written down of a container. r.mu is held.
-func (r *Registry) look(ctx context.Context, m member.Member, others map[string]bool) error {
+func (r *Registry) look(ctx context.Context, m member.Member) error {
 	have := r.known[m.ID]
 	if have != nil && !m.Created.Equal(have.Created) {
 		r.drop(have)
@@ -213,13 +213,15 @@ func (r *Registry) look(ctx context.Context, m member.Member, others map[string]
 	}
 	var err error
 	if have == nil {
-		if others[m.ID] {
+		if r.somebodys(m.ID) {
 			return nil
 		}
 		ctx, cancel := context.WithTimeout(ctx, addTimeout)
 		defer cancel()
 		err = r.engine.Add(ctx, m.Container)
 		if err != nil && !errors.Is(err, kernel.ErrKeptOut) {
+			// The engine would know it as one in no partition. It is to be tried again.
+			r.engine.Stop(m.ID)
 			return err
 		}
 		have = r.keep(m)
@@ -255,17 +257,10 @@ func (r *Registry) drop(have *entry) {
 	r.engine.Stop(have.ID)
 }
 
-// others are the containers that somebody else has told the engine of. r.mu is held.
-func (r *Registry) others() map[string]bool {
-	others := map[string]bool{}
-	for _, p := range r.engine.Status() {
-		for _, c := range p.Containers {
-			if r.known[c.ID] == nil {
-				others[c.ID] = true
-			}
-		}
-	}
-	return others
+// somebodys reports whether somebody else has told the engine of a container: also that
+// it is in no partition, which a hook may not know the reason for. r.mu is held.
+func (r *Registry) somebodys(containerID string) bool {
+	return r.known[containerID] == nil && r.engine.Knows(containerID)
 }
 
 // wanted reports whether a container has been started, and is to be merged. r.mu is held.

@@ -49,9 +49,10 @@ func (f *fakeEngine) Add(_ context.Context, c engine.Container) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.note("add %s", c.ID)
-	if f.refuse == nil || errors.Is(f.refuse, kernel.ErrKeptOut) {
-		f.containers[c.ID] = engine.ContainerStatus{Container: c}
+	if f.refuse != nil && !errors.Is(f.refuse, kernel.ErrKeptOut) {
+		c.Partition = "" // as the engine knows it from then on
 	}
+	f.containers[c.ID] = engine.ContainerStatus{Container: c}
 	return f.refuse
 }
 
@@ -83,12 +84,21 @@ func (f *fakeEngine) Reconcile(created, running []engine.Container) error {
 	return nil
 }
 
+func (f *fakeEngine) Knows(id string) bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	_, known := f.containers[id]
+	return known
+}
+
 func (f *fakeEngine) Status() []engine.PartitionStatus {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	var all engine.PartitionStatus
 	for _, c := range f.containers {
-		all.Containers = append(all.Containers, c)
+		if c.Partition != "" {
+			all.Containers = append(all.Containers, c)
+		}
 	}
 	if len(all.Containers) == 0 {
 		return nil
@@ -253,24 +263,28 @@ func TestOnce(t *testing.T) {
 	b := newBench(t)
 	r := b.registry()
 	theirs := engine.Container{ID: "nri", CgroupsPath: "/kubepods/nri", Partition: "p"}
-	if err := b.engine.Add(t.Context(), theirs); err != nil {
-		t.Fatal(err)
+	// Also one that its policy leaves out.
+	out := engine.Container{ID: "out", CgroupsPath: "/kubepods/out"}
+	for _, c := range []engine.Container{theirs, out} {
+		if err := b.engine.Add(t.Context(), c); err != nil {
+			t.Fatal(err)
+		}
+		b.want("add " + c.ID)
+		b.hook(CreateRuntime, c.ID)
+		b.sync(r, c.ID)
+		b.hook(Poststart, c.ID)
+		b.sync(r, c.ID)
+		b.want("")
 	}
-	b.want("add nri")
-	b.hook(CreateRuntime, "nri")
-	b.sync(r, "nri")
-	b.hook(Poststart, "nri")
-	b.sync(r, "nri")
-	b.want("")
 	b.hook(CreateRuntime, "ours")
 	b.sync(r, "ours")
 	b.want("add ours")
 
 	// The runtime connects again, and knows nothing of ours.
-	if err := r.Reconcile(nil, []engine.Container{theirs}); err != nil {
+	if err := r.Reconcile(nil, []engine.Container{theirs, out}); err != nil {
 		t.Error(err)
 	}
-	b.want("reconcile [ours] [nri]")
+	b.want("reconcile [ours] [nri out]")
 	r.sweep(t.Context())
 	b.want("")
 	b.hook(Poststop, "nri")
@@ -294,7 +308,7 @@ func TestRefused(t *testing.T) {
 	if err := r.Sync(t.Context(), "a"); !errors.Is(err, kernel.ErrKeptOut) {
 		t.Errorf("got %v", err)
 	}
-	b.want("add a, add a")
+	b.want("add a, stop a, add a")
 	// It is known from now on, and has to be forgotten.
 	b.hook(Poststop, "a")
 	b.sync(r, "a")

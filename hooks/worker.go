@@ -42,36 +42,33 @@ const (
 // Lock is [engine.Lock], but for that a worker that has it is asked to end, and waited
 // for. Its containers are in the files.
 func Lock(ctx context.Context, dir string) (*os.File, error) {
-	ctx, cancel := context.WithTimeout(ctx, ready)
-	defer cancel()
-	for {
-		lock, err := engine.Lock(dir)
-		if !errors.Is(err, engine.ErrLocked) {
-			return lock, err
-		}
-		if yields, asked := control.Yield(ctx, dir); asked == nil && !yields {
-			return nil, err
-		}
-		select {
-		case <-time.After(again):
-		case <-ctx.Done():
-			return nil, err
-		}
-	}
+	return lock(ctx, dir, func(ctx context.Context, locked error) (done bool, err error) {
+		yields, err := control.Yield(ctx, dir)
+		return err == nil && !yields, locked
+	})
 }
 
 // LockOrSync is [engine.Lock] for a worker that is to look at one container. It returns
 // no lock where another engine has been found that looks at it.
 func LockOrSync(ctx context.Context, dir, containerID string) (*os.File, error) {
+	return lock(ctx, dir, func(ctx context.Context, _ error) (done bool, err error) {
+		// It may have looked before it had the lock, or just ended.
+		err = control.Sync(ctx, dir, containerID)
+		return !errors.Is(err, control.ErrNoEngine), err
+	})
+}
+
+// lock is [engine.Lock], again and again until whoever has it has let it go, or says that
+// this is all.
+func lock(ctx context.Context, dir string, held func(ctx context.Context, locked error) (done bool, err error)) (*os.File, error) {
 	ctx, cancel := context.WithTimeout(ctx, ready)
 	defer cancel()
 	for {
-		lock, err := engine.Lock(dir)
+		file, err := engine.Lock(dir)
 		if !errors.Is(err, engine.ErrLocked) {
-			return lock, err
+			return file, err
 		}
-		// It may have looked before it had the lock, or just ended.
-		if err := control.Sync(ctx, dir, containerID); !errors.Is(err, control.ErrNoEngine) {
+		if done, err := held(ctx, err); done {
 			return nil, err
 		}
 		select {

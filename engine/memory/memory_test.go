@@ -208,7 +208,7 @@ func TestZeroPartsOfHugePages(t *testing.T) {
 		t.Fatal(err)
 	}
 	if !reflect.DeepEqual(all.present, []kernel.Range{whole}) {
-		t.Skipf("the kernel gave no huge page, but %x", all.present)
+		missing.Skip(t, "the kernel gave no huge page, but %x", all.present)
 	}
 	got, err := scan(pagemap, os.Getpid(), whole, Options{})
 	if err != nil || !reflect.DeepEqual(got.present, []kernel.Range{written}) || got.zero != huge-page {
@@ -220,7 +220,7 @@ func TestDirty(t *testing.T) {
 	if tells, err := TellsDirty(); err != nil {
 		t.Fatal(err)
 	} else if !tells {
-		t.Skip("this kernel was built without CONFIG_MEM_SOFT_DIRTY, or is older than 6.7")
+		missing.Skip(t, "this kernel was built without CONFIG_MEM_SOFT_DIRTY, or is older than 6.7")
 	}
 	page := uint64(os.Getpagesize())
 	mem, at := mapped(t, 8)

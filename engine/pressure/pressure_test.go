@@ -57,7 +57,7 @@ func TestNoPressureInformation(t *testing.T) {
 func TestScarce(t *testing.T) {
 	const root = "/sys/fs/cgroup"
 	if _, err := os.Stat(root + "/cgroup.controllers"); err != nil {
-		t.Skipf("no cgroup v2, which the VM has: %v", err)
+		missing.Skip(t, "no cgroup v2, which the VM has: %v", err)
 	}
 	dir := filepath.Join(root, "sksm-test-pressure")
 	if err := os.Mkdir(dir, 0o755); err != nil {
