@@ -192,6 +192,21 @@ func TestPressureOfAPod(t *testing.T) {
 	})
 }
 
+// A container that leaves is waited for no longer than its process takes to hear of it,
+// also while its memory is looked for.
+func TestStopEndsALook(t *testing.T) {
+	with(t, func(b *bench) {
+		b.set(func(m *machine) { m.endless = true })
+		b.add(b.container("a", "own-1", 11))
+		b.Start("a")
+		time.Sleep(time.Minute)
+		b.expect("add own-1")
+		b.Stop("a")
+		b.expect("remove own-1")
+		b.expectLog()
+	})
+}
+
 func TestBinding(t *testing.T) {
 	on(t, kernel.Features{Bind: true}, func(b *bench) {
 		if !b.OptsIn() {
