@@ -192,6 +192,53 @@ func TestPressureOfAPod(t *testing.T) {
 	})
 }
 
+// Containers that run are watched from when that is wanted, and no longer.
+func TestPressureChanges(t *testing.T) {
+	with(t, func(b *bench) {
+		b.configure(func(s *Settings) { s.Pressure, s.StartDelays = PressureNode, nil })
+		b.add(b.container("a", "own-1", 11))
+		b.Start("a")
+		synctest.Wait()
+		b.took()
+		if b.scarce["/a"] != nil {
+			t.Error("the pod is watched")
+		}
+		for range 2 {
+			b.configure(func(s *Settings) { s.Pressure, s.StartDelays = PressurePod, nil })
+			synctest.Wait()
+		}
+		b.scarce["/a"]()
+		b.expect("merge own-1 11 1000-5000")
+		b.configure(func(s *Settings) { s.Pressure, s.StartDelays = PressureOff, nil })
+		time.Sleep(relief)
+		b.scarce["/a"]()
+		b.expect()
+	})
+}
+
+// Where nobody tells of pressure, that is said once, and all else works.
+func TestPressureIsNotTold(t *testing.T) {
+	const pod = "merges do not come forward when the pod's memory is short: pressure: pod needs cgroup v2 with pressure stall information"
+	with(t, func(b *bench) {
+		b.set(func(m *machine) { m.untold = true })
+		b.configure(func(s *Settings) { s.Pressure, s.StartDelays = PressurePod, nil })
+		for i, id := range []string{"a", "b", "c"} {
+			b.add(b.container(id, "own-1", 11+i))
+		}
+		b.set(func(m *machine) { delete(m.containers, "/c") })
+		b.Start("c") // has ended already, which is no reason
+		synctest.Wait()
+		b.expectLog()
+		b.Start("a")
+		b.Start("b")
+		b.expectLog(pod)
+		if err := b.Engine.Merge("own-1"); err != nil {
+			t.Error(err)
+		}
+		b.expect("add own-1", "merge own-1 11 1000-5000", "merge own-1 12 1000-5000")
+	})
+}
+
 // A container that leaves is waited for no longer than its process takes to hear of it,
 // also while its memory is looked for.
 func TestStopEndsALook(t *testing.T) {
