@@ -462,7 +462,7 @@ func (e *Engine) start(id string) {
 		return
 	}
 	for _, d := range e.settings.StartDelays {
-		p.due = append(p.due, m.started.Add(d))
+		p.mergeAt(m.started.Add(d))
 	}
 	p.poor = 0
 	if next := m.started.Add(p.pause()); p.next.IsZero() || p.next.After(next) {

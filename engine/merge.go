@@ -181,7 +181,7 @@ func (s *pass) run(ctx context.Context) {
 		default:
 			// Nothing but us may tie a process to one partition.
 			p.engine.mu.Lock()
-			p.due = append(p.due, time.Now().Add(afterMove))
+			p.mergeAt(time.Now().Add(afterMove))
 			p.engine.mu.Unlock()
 			s.waits = true
 			return

@@ -239,6 +239,48 @@ func TestPressureIsNotTold(t *testing.T) {
 	})
 }
 
+// However often merges are asked for, and containers start, what is planned is bounded.
+func TestPlannedIsBounded(t *testing.T) {
+	with(t, func(b *bench) {
+		b.add(b.container("a", "own-1", 11))
+		b.add(b.container("b", "own-1", 12))
+		goOn := make(chan struct{})
+		b.failWith(func(call string) error {
+			if strings.HasPrefix(call, "merge") {
+				<-goOn
+			}
+			return nil
+		})
+		b.Start("a")
+		synctest.Wait()
+		for i := range 3000 {
+			if err := b.Engine.Merge(""); err != nil {
+				t.Fatal(err)
+			}
+			b.Stop("b")
+			b.add(b.container("b", "own-1", 12))
+			b.Start("b")
+			time.Sleep(time.Millisecond * time.Duration(i%3))
+		}
+		b.Engine.mu.Lock()
+		planned := len(b.Engine.partitions["own-1"].due)
+		b.Engine.mu.Unlock()
+		// One that is late, and those of both delays after each start in three seconds.
+		if most := 1+2*int(3*time.Second/together+1); planned > most {
+			t.Errorf("%d merges are planned, want at most %d", planned, most)
+		}
+		b.failWith(nil)
+		close(goOn)
+		time.Sleep(2 * time.Minute)
+		synctest.Wait()
+		b.Engine.mu.Lock()
+		defer b.Engine.mu.Unlock()
+		if planned := len(b.Engine.partitions["own-1"].due); planned > 0 {
+			t.Errorf("%d merges are still planned", planned)
+		}
+	})
+}
+
 // A container that leaves is waited for no longer than its process takes to hear of it,
 // also while its memory is looked for.
 func TestStopEndsALook(t *testing.T) {
