@@ -75,7 +75,7 @@ func runHook(args []string) error {
 	if err == nil || errors.Is(err, flag.ErrHelp) {
 		return err
 	}
-	os.Exit(failed(fmt.Errorf("hook %s: %w", stage, err), strict))
+	os.Exit(failed(fmt.Errorf("hook %s: %w", stage, err), strict && !errors.Is(err, hooks.ErrLeftOut)))
 	return nil
 }
 

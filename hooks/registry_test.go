@@ -166,9 +166,11 @@ func (b *bench) hook(stage Stage, id string) {
 		process := filepath.Join(b.machine.proc, strconv.Itoa(pid))
 		write(b.t, filepath.Join(process, "cgroup"), "0::/"+id+"\n")
 		write(b.t, filepath.Join(process, "exe"), "runtime")
+		write(b.t, filepath.Join(process, "ns/pid"), "")
+		write(b.t, filepath.Join(b.machine.proc, "self/ns/pid"), "")
 		write(b.t, filepath.Join(b.machine.cgroups, id, "cgroup.procs"), fmt.Sprintln(pid))
 	}
-	state := fmt.Sprintf(`{"ociVersion":"1.0.2","id":%q,"pid":%d}`, id, pid)
+	state := fmt.Sprintf(`{"ociVersion":"1.0.2","id":%q,"pid":%d,"bundle":%q}`, id, pid, bundleOf(b.t, b.dir, id, ordinary))
 	o := Options{Dir: b.dir, Policy: config.Default(), Spawn: func(id string) error {
 		b.spawned = append(b.spawned, id)
 		return nil

@@ -472,6 +472,46 @@ func TestEngines(t *testing.T) {
 	ended(t)
 }
 
+// Containers that have what is the machine's are left out, as podman says it.
+func TestLeftOut(t *testing.T) {
+	n := newNode(t)
+	if _, err := exec.LookPath("podman"); err != nil {
+		missing.Skip(t, "%v", err)
+	}
+	n.daemon(t)
+	p := &podman{hooks: n.hooks, control: n.control, native: n.mainline, runtime: "runc"}
+	for name, tc := range map[string]struct {
+		args []string
+		out  bool
+	}{
+		"nothing":    {nil, false},
+		"devices":    {[]string{"--device", "/dev/null"}, false},
+		"privileged": {[]string{"--privileged"}, true},
+		"processes":  {[]string{"--pid", "host"}, true},
+		"sysfs":      {[]string{"--volume", "/sys:/sys"}, true},
+	} {
+		p.more = tc.args
+		id := p.start(t, "hooks-"+name, "")
+		files, err := filepath.Glob(filepath.Join(engine.RunDir, "hooks", "*.json"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		told := false
+		for _, path := range files {
+			content, err := os.ReadFile(path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			told = told || strings.Contains(string(content), id)
+		}
+		if told == tc.out {
+			t.Errorf("%s: the engine is told %v", name, told)
+		}
+		p.stop(t, "hooks-"+name, true)
+	}
+	n.clean(t)
+}
+
 // A hook that cannot do its work says why in a line, in time, and is no failure of the
 // container, unless it is told to be.
 func TestFailures(t *testing.T) {
@@ -532,5 +572,16 @@ func TestFailures(t *testing.T) {
 			}
 		})
 	}
+	t.Run("left out", func(t *testing.T) {
+		// Nothing is wrong with it.
+		pid, end := waiting(t, "hooks-waiting")
+		defer end()
+		bundle := write(t, (&bundles{hooks: n.hooks}).config(t, "/", "", nil))
+		state := fmt.Sprintf(`{"ociVersion":"1.0.2","id":"hooks-waiting","status":"creating","pid":%d,"bundle":%q,"annotations":{"merge.selective-ksm.dev":"off"}}`, pid, bundle)
+		const want = `selective-ksm: hook createRuntime: container hooks-waiting is not merged: merge.selective-ksm.dev is "off"` + "\n"
+		if status, line, _ := hook(t, state, "createRuntime", "-config", n.config, "-strict"); status != 0 || line != want {
+			t.Errorf("strict: status %d, and it says\n\t%swant\n\t%s", status, line, want)
+		}
+	})
 	n.clean(t)
 }
