@@ -67,6 +67,8 @@ type node struct {
 	hooks   string
 	control string
 	log     string
+	// process is the daemon's.
+	process *os.Process
 	// mainline is that the kernel has one merge space, so that one pod is merged.
 	mainline bool
 	// wrapper is a runtime whose containers are mergeable, where the kernel does not
@@ -145,6 +147,7 @@ func (n *node) daemon(t testing.TB) (stop func()) {
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
+	n.process = cmd.Process
 	stop = sync.OnceFunc(func() {
 		if err := errors.Join(cmd.Process.Signal(os.Interrupt), cmd.Wait()); err != nil {
 			t.Errorf("daemon: %v: %s", err, said.String())
@@ -509,6 +512,74 @@ func TestLeftOut(t *testing.T) {
 		}
 		p.stop(t, "hooks-"+name, true)
 	}
+	n.clean(t)
+}
+
+// The daemon takes another configuration whole, also for a container that runs, or not
+// at all.
+func TestReload(t *testing.T) {
+	n := newNode(t)
+	if _, err := exec.LookPath("runc"); err != nil {
+		missing.Skip(t, "%v", err)
+	}
+	n.daemon(t)
+	r := &bundles{hooks: n.hooks, control: n.control, runtime: n.merged("runc")}
+	n.run(t, r, "hooks-a", r.pod(t, "hooks-shop"))
+	content, err := os.ReadFile(n.config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	change := func(more string) {
+		t.Helper()
+		if err := os.WriteFile(n.config, append(content[:len(content):len(content)], more...), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	partition := func(prefix string) {
+		t.Helper()
+		within(t, "the container is in a partition "+prefix, func() error {
+			all, err := control.Status(t.Context(), engine.RunDir)
+			if err != nil {
+				return err
+			}
+			for _, p := range all {
+				for _, c := range p.Containers {
+					if c.ID == "hooks-a" && strings.HasPrefix(p.Name, prefix) {
+						return nil
+					}
+				}
+			}
+			return fmt.Errorf("there is %+v", all)
+		})
+	}
+	logged := func(line string, times int) {
+		t.Helper()
+		within(t, "the log says "+line, func() error {
+			log, err := os.ReadFile(n.log)
+			if have := strings.Count(string(log), line); err == nil && have != times {
+				err = fmt.Errorf("%d times, not %d", have, times)
+			}
+			return err
+		})
+	}
+	partition("sksm-pod-")
+	change("partitionBy: container\n")
+	partition("sksm-ctr-")
+	logged("configuration is reloaded", 1)
+	// One part of it is wrong.
+	change("partitionBy: pod\ninterval: soon\n")
+	logged("configuration is not reloaded, and stays as it was", 1)
+	partition("sksm-ctr-")
+	change("partitionBy: pod\ninterface: syscall\n")
+	logged("configuration is not reloaded, and stays as it was", 2)
+	partition("sksm-ctr-")
+	change("partitionBy: container\n")
+	logged("configuration is reloaded", 2)
+	if err := n.process.Signal(syscall.SIGHUP); err != nil {
+		t.Fatal(err)
+	}
+	logged("configuration is reloaded", 3)
+	r.stop(t, "hooks-a", true)
 	n.clean(t)
 }
 
