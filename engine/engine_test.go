@@ -47,8 +47,6 @@ type machine struct {
 	features kernel.Features
 	// endless is that a look at a process's memory takes as long as it may.
 	endless bool
-	// untold is that there is no pressure stall information.
-	untold bool
 	// quiet are processes that do nothing; others have faults all the time.
 	quiet  map[int]bool
 	faults uint64
@@ -311,13 +309,12 @@ func (h fakeHost) waitEmpty(ctx context.Context, path string) error {
 }
 
 func (h fakeHost) pressed(ctx context.Context, path string, scarce func()) error {
+	if err := h.look("pressed"); err != nil {
+		return err
+	}
 	h.mu.Lock()
 	h.scarce[path] = scarce
-	missing := h.untold
 	h.mu.Unlock()
-	if missing {
-		return fmt.Errorf("memory.pressure: %w", fs.ErrNotExist)
-	}
 	<-ctx.Done()
 	return ctx.Err()
 }

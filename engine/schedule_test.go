@@ -3,6 +3,7 @@ package engine
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
@@ -220,7 +221,12 @@ func TestPressureChanges(t *testing.T) {
 func TestPressureIsNotTold(t *testing.T) {
 	const pod = "merges do not come forward when the pod's memory is short: pressure: pod needs cgroup v2 with pressure stall information"
 	with(t, func(b *bench) {
-		b.set(func(m *machine) { m.untold = true })
+		b.failWith(func(call string) error {
+			if call == "pressed" {
+				return fmt.Errorf("memory.pressure: %w", fs.ErrNotExist)
+			}
+			return nil
+		})
 		b.configure(func(s *Settings) { s.Pressure, s.StartDelays = PressurePod, nil })
 		for i, id := range []string{"a", "b", "c"} {
 			b.add(b.container(id, "own-1", 11+i))
@@ -266,7 +272,7 @@ func TestPlannedIsBounded(t *testing.T) {
 		planned := len(b.Engine.partitions["own-1"].due)
 		b.Engine.mu.Unlock()
 		// One that is late, and those of both delays after each start in three seconds.
-		if most := 1+2*int(3*time.Second/together+1); planned > most {
+		if most := 1 + 2*int(3*time.Second/together+1); planned > most {
 			t.Errorf("%d merges are planned, want at most %d", planned, most)
 		}
 		b.failWith(nil)

@@ -104,6 +104,9 @@ func newNode(t testing.TB) *node {
 	if err := os.WriteFile(n.config, []byte(settings), 0o644); err != nil {
 		t.Fatal(err)
 	}
+	if out, err := try(product, "doctor", "-config", n.config); err != nil {
+		missing.Skip(t, "no engine can run: %s", out)
+	}
 	command(t, product, "hook", "install", "-dir", n.hooks, "-config", n.config, "-deadline", "8s")
 	command(t, product, "hook", "validate", "-dir", n.hooks)
 	// The path of a socket is short.
