@@ -80,7 +80,7 @@ test-kernel: packages kernel-check kernels build/bin/actor build/bin/vm
 .PHONY: test-hooks
 test-hooks: packages kernel tools build/bin/selective-ksm build/bin/workload build/bin/vm
 	go test -count=1 ./test/hooks
-	go test -count=1 -timeout 30m -exec "$(VM) -timeout 25m -env SELECTIVE_KSM_VM=1 --" ./test/hooks
+	go test -count=1 -timeout 40m -exec "$(VM) -timeout 35m -env SELECTIVE_KSM_VM=1 --" ./test/hooks
 
 .PHONY: stress
 stress: packages debug-kernel build/bin/actor build/bin/vm

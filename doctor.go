@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 
 	"github.com/selective-ksm/selective-ksm/engine"
 	"github.com/selective-ksm/selective-ksm/engine/cgroup"
@@ -45,6 +46,7 @@ func runDoctor(args []string) error {
 	}
 	say("cgroups below "+cgroup.DefaultRoot, exists(cgroup.DefaultRoot))
 	say("pressure stall information", exists(pressure.Node))
+	say("pressure stall information of pods", podPressure())
 	tells, err := memory.TellsDirty()
 	if err == nil && !tells {
 		err = errors.New("not there: incremental: softDirty offers nothing new, use faults")
@@ -75,6 +77,14 @@ func reportMergeable() {
 		err = fmt.Errorf("processes %d share it", found)
 	}
 	say("merge space is nobody else's", err)
+}
+
+// podPressure returns an error where pressure: pod would do nothing.
+func podPressure() error {
+	if err := exists(filepath.Join(cgroup.DefaultRoot, "memory.pressure")); err != nil {
+		return errors.New("not there: pressure: pod does nothing, use node; cgroup v2 has it")
+	}
+	return nil
 }
 
 func exists(path string) error {

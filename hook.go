@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/selective-ksm/selective-ksm/config"
+	"github.com/selective-ksm/selective-ksm/config/watch"
 	"github.com/selective-ksm/selective-ksm/engine"
 	"github.com/selective-ksm/selective-ksm/engine/optin"
 	"github.com/selective-ksm/selective-ksm/hooks"
@@ -43,13 +44,22 @@ func runDaemon(args []string) error {
 	}
 	defer h.Close()
 	h.report()
-	r := hooks.NewRegistry(h.engine, h.members, h.log)
+	r := hooks.NewRegistry(h.engine, h.members, h.cfg, h.log)
 	if err := r.Reconcile(nil, nil); err != nil {
 		h.log.WithError(err).Warn("partitions that are not needed any more may stay")
 	}
+	changed := make(chan struct{})
 	return h.run(r, func(ctx context.Context) error {
-		<-ctx.Done()
-		return nil
+		return h.watching(ctx, changed, func(ctx context.Context) error {
+			watch.Reload(ctx, changed, h.log, func() error {
+				c, err := h.reload()
+				if err != nil {
+					return err
+				}
+				return h.apply(c, r)
+			})
+			return nil
+		})
 	})
 }
 
@@ -75,7 +85,7 @@ func runHook(args []string) error {
 	if err == nil || errors.Is(err, flag.ErrHelp) {
 		return err
 	}
-	os.Exit(failed(fmt.Errorf("hook %s: %w", stage, err), strict))
+	os.Exit(failed(fmt.Errorf("hook %s: %w", stage, err), strict && !errors.Is(err, hooks.ErrLeftOut)))
 	return nil
 }
 
@@ -203,7 +213,7 @@ func runWorker(args []string) (err error) {
 		return err
 	}
 	defer h.Close()
-	w := hooks.NewWorker(h.engine, h.members, log, cfg.StartDelays, h.kernel.Features().OneSpace)
+	w := hooks.NewWorker(h.engine, h.members, cfg, log, h.kernel.Features().OneSpace)
 	if err := w.Reconcile(nil, nil); err != nil {
 		log.WithError(err).Warn("partitions that are not needed any more may stay")
 	}

@@ -13,13 +13,11 @@ import (
 	"reflect"
 	"runtime/debug"
 	"sync"
-	"syscall"
 
 	"github.com/containerd/nri/pkg/api"
 	"github.com/sirupsen/logrus"
 
 	"github.com/selective-ksm/selective-ksm/config"
-	"github.com/selective-ksm/selective-ksm/config/watch"
 	"github.com/selective-ksm/selective-ksm/engine"
 	"github.com/selective-ksm/selective-ksm/engine/budget"
 	"github.com/selective-ksm/selective-ksm/engine/control"
@@ -173,56 +171,20 @@ func runPlugin(args []string) error {
 	if path != "" {
 		o.Config = &cfg
 	}
-	registry := hooks.NewRegistry(e, h.members, log)
+	registry := hooks.NewRegistry(e, h.members, cfg, log)
 	o.Log, o.Dir, o.Interface = log, engine.RunDir, interfaceOf(h.kernel)
 	o.Engine = reporting{e, registry, sync.OnceFunc(h.report)}
 	o.Apply = func(c config.Config) error {
 		if path == "" && !reflect.DeepEqual(lookFor(c), lookFor(cfg)) {
 			log.Warn("interface, syscalls and mainlinePartition are taken from a file that -config names, not from the runtime")
 		}
-		if err := setLog(log, c); err != nil {
-			return err
-		}
-		e.Configure(settings(c, log))
-		return nil
+		return h.apply(c, registry)
 	}
-	o.Load = func() (config.Config, error) {
-		c, err := load(path)
-		switch {
-		case err != nil:
-			return c, err
-		case path == "":
-			return c, errors.New("it is the runtime's: start the plugin with -config to have it read anew")
-		case !reflect.DeepEqual(lookFor(c), lookFor(cfg)):
-			return c, fmt.Errorf("%s: interface, syscalls or mainlinePartition is another than at the start: start the plugin anew for that", path)
-		}
-		if err := suits(h.kernel, c); err != nil {
-			return c, fmt.Errorf("%s: %w", path, err)
-		}
-		if out, err := openLog(c); err != nil {
-			return c, fmt.Errorf("%s: %w", path, err)
-		} else if out != os.Stderr {
-			return c, out.Close()
-		}
-		return c, nil
-	}
+	o.Load = h.reload
 	reload := make(chan struct{})
 	o.Reload = reload
-
 	return h.run(registry, func(ctx context.Context) error {
-		ctx, cancel := context.WithCancel(ctx)
-		var watching sync.WaitGroup
-		watching.Go(func() { watch.Signal(ctx, syscall.SIGHUP, reload) })
-		if path != "" {
-			watching.Go(func() {
-				if err := watch.File(ctx, path, reload); err != nil {
-					log.WithError(err).Warn("configuration is reloaded on SIGHUP only")
-				}
-			})
-		}
-		defer watching.Wait()
-		defer cancel()
-		return plugin.Run(ctx, o)
+		return h.watching(ctx, reload, func(ctx context.Context) error { return plugin.Run(ctx, o) })
 	})
 }
 

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"reflect"
 	"runtime/debug"
 	"sync"
 	"syscall"
@@ -13,6 +14,7 @@ import (
 	"github.com/sirupsen/logrus"
 
 	"github.com/selective-ksm/selective-ksm/config"
+	"github.com/selective-ksm/selective-ksm/config/watch"
 	"github.com/selective-ksm/selective-ksm/engine"
 	"github.com/selective-ksm/selective-ksm/engine/control"
 	"github.com/selective-ksm/selective-ksm/engine/kernel"
@@ -23,6 +25,7 @@ import (
 
 // host is the engine of the machine, and what it needs.
 type host struct {
+	path    string // of the configuration; empty if there is no file
 	cfg     config.Config
 	log     *logrus.Logger
 	kernel  kernel.Kernel
@@ -44,7 +47,12 @@ func openHost(path string) (*host, error) {
 	if err := setLog(log, cfg); err != nil {
 		return nil, fmt.Errorf("%s: %w", path, err)
 	}
-	return lockHost(cfg, log, hooks.Lock)
+	h, err := lockHost(cfg, log, hooks.Lock)
+	if err != nil {
+		return nil, err
+	}
+	h.path = path
+	return h, nil
 }
 
 // lockHost makes the caller's engine that of the machine if it gets the lock. It returns
@@ -104,6 +112,56 @@ func (h *host) report() {
 		h.log.Info("interface " + f.String())
 	}
 	h.log.WithFields(logrus.Fields{"version": currentVersion(), "kernel": h.detail}).Info("started")
+}
+
+// reload reads the configuration anew, and checks that all of it can be had. It changes
+// nothing.
+func (h *host) reload() (config.Config, error) {
+	c, err := load(h.path)
+	switch {
+	case err != nil:
+		return c, err
+	case h.path == "":
+		return c, errors.New("there is no file: start anew with -config to have one read again")
+	case !reflect.DeepEqual(lookFor(c), lookFor(h.cfg)):
+		return c, fmt.Errorf("%s: interface, syscalls or mainlinePartition is another than at the start: start anew for that", h.path)
+	}
+	if err := suits(h.kernel, c); err != nil {
+		return c, fmt.Errorf("%s: %w", h.path, err)
+	}
+	if out, err := openLog(c); err != nil {
+		return c, fmt.Errorf("%s: %w", h.path, err)
+	} else if out != os.Stderr {
+		return c, out.Close()
+	}
+	return c, nil
+}
+
+// apply takes a configuration, or changes nothing and returns an error.
+func (h *host) apply(c config.Config, r *hooks.Registry) error {
+	if err := setLog(h.log, c); err != nil {
+		return err
+	}
+	h.engine.Configure(settings(c, h.log))
+	r.Use(c)
+	return nil
+}
+
+// watching tells reload when the configuration may have changed, while a function runs.
+func (h *host) watching(ctx context.Context, reload chan<- struct{}, while func(ctx context.Context) error) error {
+	ctx, cancel := context.WithCancel(ctx)
+	var watchers sync.WaitGroup
+	watchers.Go(func() { watch.Signal(ctx, syscall.SIGHUP, reload) })
+	if h.path != "" {
+		watchers.Go(func() {
+			if err := watch.File(ctx, h.path, reload); err != nil {
+				h.log.WithError(err).Warn("configuration is reloaded on SIGHUP only")
+			}
+		})
+	}
+	defer watchers.Wait()
+	defer cancel()
+	return while(ctx)
 }
 
 // registry is what hooks ask.

@@ -30,9 +30,9 @@ func (quick) Counters(string) (kernel.Counters, error)               { return ke
 // anyMemory is the machine, where memory is offered that is not mergeable.
 type anyMemory struct{ linux }
 
-func (a anyMemory) find(pid int, o memory.Options) (memory.Offer, error) {
+func (a anyMemory) find(ctx context.Context, pid int, o memory.Options) (memory.Offer, error) {
 	o.Any = true
-	offer, err := a.linux.find(pid, o)
+	offer, err := a.linux.find(ctx, pid, o)
 	offer.Mergeable = true
 	return offer, err
 }

@@ -118,6 +118,7 @@ type Engine struct {
 	jitter   func(time.Duration) time.Duration
 	budget   *budget.Budget
 	workers  sync.WaitGroup
+	untold   sync.Once // that pods have no pressure stall information
 
 	// mu protects what follows, and what partition and member say it does. It is
 	// never held over a call to the kernel.
@@ -129,6 +130,8 @@ type Engine struct {
 	settings   Settings
 	// relieved is when merges were last brought forward for the node.
 	relieved time.Time
+	// unwatched is why the machine's pressure is not watched.
+	unwatched error
 }
 
 // member is a container in its partition.
@@ -147,6 +150,7 @@ type member struct {
 
 	// Protected by Engine.mu.
 	started time.Time // zero before
+	watched bool      // its pod's pressure
 	reason  string    // why it is not merged, or not all of it
 	// failures is how often that was so.
 	failures int
@@ -210,7 +214,15 @@ func (e *Engine) Configure(s Settings) {
 	e.budget.SetLimits(s.Budget)
 	e.mu.Lock()
 	defer e.mu.Unlock()
+	if s.Pressure == PressureNode && e.settings.Pressure != PressureNode && e.unwatched != nil {
+		e.log.WithError(e.unwatched).Warn(notForNode)
+	}
 	e.settings = s
+	for _, m := range e.members {
+		if !m.started.IsZero() {
+			e.watchPressure(m)
+		}
+	}
 }
 
 // OptsIn reports whether the engine makes the memory of containers mergeable itself,
@@ -450,7 +462,7 @@ func (e *Engine) start(id string) {
 		return
 	}
 	for _, d := range e.settings.StartDelays {
-		p.due = append(p.due, m.started.Add(d))
+		p.mergeAt(m.started.Add(d))
 	}
 	p.poor = 0
 	if next := m.started.Add(p.pause()); p.next.IsZero() || p.next.After(next) {

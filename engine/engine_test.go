@@ -45,6 +45,8 @@ type machine struct {
 	ranges []kernel.Range
 
 	features kernel.Features
+	// endless is that a look at a process's memory takes as long as it may.
+	endless bool
 	// quiet are processes that do nothing; others have faults all the time.
 	quiet  map[int]bool
 	faults uint64
@@ -307,6 +309,9 @@ func (h fakeHost) waitEmpty(ctx context.Context, path string) error {
 }
 
 func (h fakeHost) pressed(ctx context.Context, path string, scarce func()) error {
+	if err := h.look("pressed"); err != nil {
+		return err
+	}
 	h.mu.Lock()
 	h.scarce[path] = scarce
 	h.mu.Unlock()
@@ -332,9 +337,16 @@ func (h fakeHost) mergeable(pid int) (bool, error) {
 	return !h.optedOut[pid], nil
 }
 
-func (h fakeHost) find(pid int, o memory.Options) (memory.Offer, error) {
+func (h fakeHost) find(ctx context.Context, pid int, o memory.Options) (memory.Offer, error) {
 	if err := h.look("find"); err != nil {
 		return memory.Offer{}, err
+	}
+	h.mu.Lock()
+	endless := h.endless
+	h.mu.Unlock()
+	if endless {
+		<-ctx.Done()
+		return memory.Offer{}, ctx.Err()
 	}
 	h.mu.Lock()
 	defer h.mu.Unlock()

@@ -18,7 +18,7 @@ import (
 // calls are all that the engine asks the kernel and the machine for.
 var calls = []string{
 	"recover", "add", "remove", "list", "bind", "unbind", "merge", "settle", "unmerge", "counters",
-	"open", "member", "exists", "waitEmpty", "mergeableOnes", "mergeable", "find", "activity", "clearDirty", "merged",
+	"open", "member", "exists", "waitEmpty", "pressed", "mergeableOnes", "mergeable", "find", "activity", "clearDirty", "merged",
 }
 
 // errnos are what the kernel may answer to any of them.
@@ -130,7 +130,7 @@ func TestPartitionsVanish(t *testing.T) {
 // troubled runs containers through their lives while something is wrong.
 func troubled(t *testing.T, f kernel.Features, trouble func(b *bench, called string) error) {
 	on(t, f, func(b *bench) {
-		b.configure(func(s *Settings) { s.Dirty = true })
+		b.configure(func(s *Settings) { s.Dirty, s.Pressure = true, PressurePod })
 		b.machine.partitions["theirs"] = true
 		all := []Container{b.container("a", "own-1", 11), b.container("b", "own-1", 12), b.container("c", "own-2", 13)}
 		want := map[string]string{"11": "own-1", "12": "own-1", "13": "own-2"} // by pid

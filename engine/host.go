@@ -31,7 +31,7 @@ type host interface {
 	contained(pid int) bool
 	// The others are the functions of package memory.
 	mergeable(pid int) (bool, error)
-	find(pid int, o memory.Options) (memory.Offer, error)
+	find(ctx context.Context, pid int, o memory.Options) (memory.Offer, error)
 	merged(pid int) (uint64, error)
 	activity(pid int) (memory.Activity, error)
 	clearDirty(pid int, alive func() bool) error
@@ -103,8 +103,8 @@ func (linux) mergeableOnes() ([]int, error) {
 
 func (linux) contained(pid int) bool          { return process.Contained(pid) }
 func (linux) mergeable(pid int) (bool, error) { return memory.Mergeable(pid) }
-func (linux) find(pid int, o memory.Options) (memory.Offer, error) {
-	return memory.Find(pid, o)
+func (linux) find(ctx context.Context, pid int, o memory.Options) (memory.Offer, error) {
+	return memory.Find(ctx, pid, o)
 }
 func (linux) merged(pid int) (uint64, error)            { return memory.Merged(pid) }
 func (linux) activity(pid int) (memory.Activity, error) { return memory.ActivityOf(pid) }

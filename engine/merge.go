@@ -181,7 +181,7 @@ func (s *pass) run(ctx context.Context) {
 		default:
 			// Nothing but us may tie a process to one partition.
 			p.engine.mu.Lock()
-			p.due = append(p.due, time.Now().Add(afterMove))
+			p.mergeAt(time.Now().Add(afterMove))
 			p.engine.mu.Unlock()
 			s.waits = true
 			return
@@ -283,7 +283,7 @@ func (s *pass) process(ctx context.Context, proc handle) bool {
 	var offer memory.Offer
 	err = e.budget.Do(ctx, s.partition.name, func() (time.Duration, error) {
 		var err error
-		offer, err = e.host.find(pid, o)
+		offer, err = e.host.find(ctx, pid, o)
 		if err == nil && s.settings.Dirty {
 			// What is written to from here on is for the next merge. What was written
 			// since the look is for one that passes over nothing.

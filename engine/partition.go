@@ -72,8 +72,25 @@ func (p *partition) bringForward() {
 	if len(p.running(p.full)) == 0 {
 		return
 	}
-	p.due = append(p.due, time.Now())
+	p.mergeAt(time.Now())
 	p.poke()
+}
+
+// together is the time within which merges that are planned are one. So there are no
+// more of them than there is time to plan for.
+const together = 100 * time.Millisecond
+
+// mergeAt plans a merge besides those by the interval. Engine.mu is held.
+func (p *partition) mergeAt(t time.Time) {
+	now := time.Now()
+	if t.After(now) {
+		t = t.Add(together - 1).Truncate(together)
+	}
+	if !slices.ContainsFunc(p.due, func(other time.Time) bool {
+		return other.Equal(t) || !other.After(now) && !t.After(now)
+	}) {
+		p.due = append(p.due, t)
+	}
 }
 
 // pause is the time until the next merge by the interval. Engine.mu is held.
@@ -342,7 +359,7 @@ func (p *partition) untilDue() time.Duration {
 func (p *partition) again() {
 	p.engine.mu.Lock()
 	defer p.engine.mu.Unlock()
-	p.due = append(p.due, time.Now())
+	p.mergeAt(time.Now())
 }
 
 // running are the members that run, in the order of their start; those that are

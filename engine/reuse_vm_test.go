@@ -218,7 +218,7 @@ func (l *late) Merge(ctx context.Context, partition string, pid int, r kernel.Ra
 // onlyData is the machine, of which forkers offer no more than their data.
 type onlyData struct{ linux }
 
-func (onlyData) find(pid int, o memory.Options) (memory.Offer, error) {
+func (onlyData) find(_ context.Context, pid int, o memory.Options) (memory.Offer, error) {
 	data := kernel.Range{Start: forkerAt, End: forkerAt + uint64(forkerPages*os.Getpagesize())}
 	return memory.Offer{Ranges: []kernel.Range{data}, Bytes: data.Len(), Mergeable: true}, nil
 }

@@ -3,6 +3,7 @@ package engine
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
@@ -189,6 +190,115 @@ func TestPressureOfAPod(t *testing.T) {
 		b.scarce["/b"]()
 		b.scarce[""]() // the machine's is of no interest
 		b.expect()
+	})
+}
+
+// Containers that run are watched from when that is wanted, and no longer.
+func TestPressureChanges(t *testing.T) {
+	with(t, func(b *bench) {
+		b.configure(func(s *Settings) { s.Pressure, s.StartDelays = PressureNode, nil })
+		b.add(b.container("a", "own-1", 11))
+		b.Start("a")
+		synctest.Wait()
+		b.took()
+		if b.scarce["/a"] != nil {
+			t.Error("the pod is watched")
+		}
+		for range 2 {
+			b.configure(func(s *Settings) { s.Pressure, s.StartDelays = PressurePod, nil })
+			synctest.Wait()
+		}
+		b.scarce["/a"]()
+		b.expect("merge own-1 11 1000-5000")
+		b.configure(func(s *Settings) { s.Pressure, s.StartDelays = PressureOff, nil })
+		time.Sleep(relief)
+		b.scarce["/a"]()
+		b.expect()
+	})
+}
+
+// Where nobody tells of pressure, that is said once, and all else works.
+func TestPressureIsNotTold(t *testing.T) {
+	const pod = "merges do not come forward when the pod's memory is short: pressure: pod needs cgroup v2 with pressure stall information"
+	with(t, func(b *bench) {
+		b.failWith(func(call string) error {
+			if call == "pressed" {
+				return fmt.Errorf("memory.pressure: %w", fs.ErrNotExist)
+			}
+			return nil
+		})
+		b.configure(func(s *Settings) { s.Pressure, s.StartDelays = PressurePod, nil })
+		for i, id := range []string{"a", "b", "c"} {
+			b.add(b.container(id, "own-1", 11+i))
+		}
+		b.set(func(m *machine) { delete(m.containers, "/c") })
+		b.Start("c") // has ended already, which is no reason
+		synctest.Wait()
+		b.expectLog()
+		b.Start("a")
+		b.Start("b")
+		b.expectLog(pod)
+		if err := b.Engine.Merge("own-1"); err != nil {
+			t.Error(err)
+		}
+		b.expect("add own-1", "merge own-1 11 1000-5000", "merge own-1 12 1000-5000")
+	})
+}
+
+// However often merges are asked for, and containers start, what is planned is bounded.
+func TestPlannedIsBounded(t *testing.T) {
+	with(t, func(b *bench) {
+		b.add(b.container("a", "own-1", 11))
+		b.add(b.container("b", "own-1", 12))
+		goOn := make(chan struct{})
+		b.failWith(func(call string) error {
+			if strings.HasPrefix(call, "merge") {
+				<-goOn
+			}
+			return nil
+		})
+		b.Start("a")
+		synctest.Wait()
+		for i := range 3000 {
+			if err := b.Engine.Merge(""); err != nil {
+				t.Fatal(err)
+			}
+			b.Stop("b")
+			b.add(b.container("b", "own-1", 12))
+			b.Start("b")
+			time.Sleep(time.Millisecond * time.Duration(i%3))
+		}
+		b.Engine.mu.Lock()
+		planned := len(b.Engine.partitions["own-1"].due)
+		b.Engine.mu.Unlock()
+		// One that is late, and those of both delays after each start in three seconds.
+		if most := 1 + 2*int(3*time.Second/together+1); planned > most {
+			t.Errorf("%d merges are planned, want at most %d", planned, most)
+		}
+		b.failWith(nil)
+		close(goOn)
+		time.Sleep(2 * time.Minute)
+		synctest.Wait()
+		b.Engine.mu.Lock()
+		defer b.Engine.mu.Unlock()
+		if planned := len(b.Engine.partitions["own-1"].due); planned > 0 {
+			t.Errorf("%d merges are still planned", planned)
+		}
+	})
+}
+
+// A container that leaves is waited for no longer than its process takes to hear of it,
+// also while its memory is looked for.
+func TestStopEndsALook(t *testing.T) {
+	with(t, func(b *bench) {
+		b.set(func(m *machine) { m.endless = true })
+		b.add(b.container("a", "own-1", 11))
+		b.Start("a")
+		time.Sleep(time.Minute)
+		b.expect("add own-1")
+		b.Stop("a")
+		b.expect("remove own-1")
+		b.expectLog()
 	})
 }
 

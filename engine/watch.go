@@ -21,19 +21,31 @@ const (
 
 // watch starts to watch a container that runs, if the engine does. e.mu is held.
 func (e *Engine) watch(m *member) {
+	e.during(m, e.watchMember)
+	e.watchPressure(m)
+}
+
+// watchPressure starts to watch the pod of a container that runs, if that is wanted and
+// not done yet. e.mu is held.
+func (e *Engine) watchPressure(m *member) {
+	if e.settings.Pressure == PressurePod && !m.watched && e.ctx != nil {
+		m.watched = true
+		e.during(m, e.watchPod)
+	}
+}
+
+// during runs a function until it returns, and ends it with the engine, or when the
+// container leaves. e.mu is held.
+func (e *Engine) during(m *member, do func(ctx context.Context, m *member)) {
 	ctx := e.ctx
 	if ctx == nil {
 		return
 	}
-	pod := e.settings.Pressure == PressurePod
 	e.workers.Go(func() {
 		ctx, cancel := context.WithCancel(ctx)
 		defer cancel()
 		defer context.AfterFunc(m.ctx, cancel)()
-		if pod {
-			e.workers.Go(func() { e.watchPod(ctx, m) })
-		}
-		e.watchMember(ctx, m)
+		do(ctx, m)
 	})
 }
 
@@ -102,6 +114,9 @@ func (e *Engine) sweep(ctx context.Context) {
 	}
 }
 
+// notForNode is logged with the reason.
+const notForNode = "merges do not come forward when memory is short"
+
 // watchNode brings merges forward when the machine is short of memory.
 func (e *Engine) watchNode(ctx context.Context) {
 	err := e.host.pressed(ctx, "", func() {
@@ -109,8 +124,14 @@ func (e *Engine) watchNode(ctx context.Context) {
 			e.relieve()
 		}
 	})
-	if ctx.Err() == nil && e.config().Pressure == PressureNode {
-		e.log.WithError(err).Warn("merges do not come forward when memory is short")
+	if ctx.Err() != nil {
+		return
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.unwatched = err
+	if e.settings.Pressure == PressureNode {
+		e.log.WithError(err).Warn(notForNode)
 	}
 }
 
@@ -119,14 +140,23 @@ func (e *Engine) watchPod(ctx context.Context, m *member) {
 	err := e.host.pressed(ctx, m.CgroupsPath, func() {
 		e.mu.Lock()
 		defer e.mu.Unlock()
-		if p := m.partition; time.Since(p.relieved) >= relief {
+		if p := m.partition; e.settings.Pressure == PressurePod && time.Since(p.relieved) >= relief {
 			p.relieved = time.Now()
 			p.bringForward()
 		}
 	})
-	if ctx.Err() == nil && !errors.Is(err, fs.ErrNotExist) {
-		m.log.WithError(err).Warn("merges do not come forward when the pod's memory is short")
+	if ctx.Err() != nil || e.host.exists(m.CgroupsPath) != nil {
+		// The container has ended.
+		return
 	}
+	const msg = "merges do not come forward when the pod's memory is short"
+	if !errors.Is(err, fs.ErrNotExist) {
+		m.log.WithError(err).Warn(msg)
+		return
+	}
+	e.untold.Do(func() {
+		e.log.WithError(err).Warn(msg + ": pressure: pod needs cgroup v2 with pressure stall information")
+	})
 }
 
 // relieve brings those partitions forward that are likely to save most, as many as

@@ -15,6 +15,7 @@ import (
 	"github.com/selective-ksm/selective-ksm/config"
 	"github.com/selective-ksm/selective-ksm/engine"
 	"github.com/selective-ksm/selective-ksm/engine/process"
+	"github.com/selective-ksm/selective-ksm/hooks/member"
 )
 
 // machine is where the kernel shows its processes and cgroups.
@@ -25,46 +26,89 @@ type machine struct {
 // errNotOurs says that a container is none whose memory is worth merging.
 var errNotOurs = errors.New("it is the sandbox of a pod")
 
-// container makes out of a state what the engine has to know. The error is the reason
-// why the container is not merged, or matches errNotOurs.
-func (m machine) container(s specs.State, policy config.Config) (engine.Container, error) {
+// ErrLeftOut is matched by the reason why a container is not merged, where that is the
+// configuration or an annotation, and nothing has failed.
+var ErrLeftOut = errors.New("left out")
+
+// leftOut is such a reason.
+type leftOut string
+
+func (e leftOut) Error() string      { return string(e) }
+func (leftOut) Is(target error) bool { return target == ErrLeftOut }
+
+// container makes out of a state what the engine has to know, but for what the policy
+// gives it, and the facts that the policy asks for. The error is the reason why the
+// container is not merged, or matches errNotOurs.
+func (m machine) container(s specs.State, rules config.Pods) (engine.Container, *member.Facts, error) {
 	pod, err := podOf(s)
 	if err != nil {
-		return engine.Container{}, err
+		return engine.Container{}, nil, err
 	}
 	cgroup, err := m.cgroupOf(s)
 	if err != nil {
-		return engine.Container{}, err
+		return engine.Container{}, nil, err
 	}
 	c := engine.Container{
 		ID: s.ID, Name: pod.container, Pod: pod.name, Namespace: pod.namespace, SandboxID: pod.sandbox,
 		CgroupsPath: cgroup,
 	}
-	return assign(policy, c, s.Annotations)
+	facts, err := m.facts(s, pod, rules)
+	return c, facts, err
+}
+
+// facts are what policy has to know of a container.
+func (m machine) facts(s specs.State, p pod, rules config.Pods) (*member.Facts, error) {
+	spec, err := readConfig(s.Bundle)
+	if err != nil {
+		return nil, err
+	}
+	f := &member.Facts{
+		Privileged: privileged(spec), Labels: labelsOf(s, rules.Labels), Annotations: map[string]string{},
+	}
+	if f.HostPID, err = m.hostPID(s.Pid); err != nil {
+		return nil, err
+	}
+	for _, key := range config.Annotations() {
+		// The forms that NRI has for them, that which counts most first.
+		for _, form := range []string{key + "/container." + p.container, key + "/pod", key} {
+			if value, there := s.Annotations[form]; there {
+				f.Annotations[key] = value
+				break
+			}
+		}
+	}
+	return f, nil
 }
 
 // assign asks the policy what a container gets. The error is the reason why that is no
 // partition. An annotation that does not count is as if it were not there: the policy
 // has chosen what holds instead.
-func assign(policy config.Config, c engine.Container, annotations map[string]string) (engine.Container, error) {
-	own := map[string]string{}
-	for _, key := range config.Annotations() {
-		// The forms that NRI has for them, that which counts most first.
-		for _, form := range []string{key + "/container." + c.Name, key + "/pod", key} {
-			if value, there := annotations[form]; there {
-				own[key] = value
-				break
-			}
+func assign(policy config.Config, c engine.Container, f *member.Facts) (engine.Container, error) {
+	c.Partition = ""
+	if rule := policy.Pods.RuntimeHandlers; len(rule.Include)+len(rule.Exclude) > 0 {
+		// CRI-O writes it down where annotations of the pod may take its place.
+		return c, leftOut("pods.runtimeHandlers of the configuration has rules, and a hook is not told of the runtime handler")
+	}
+	labels := map[string]string{}
+	for _, key := range labelKeys(policy.Pods.Labels) {
+		value, known := f.Labels[key]
+		if !known {
+			return c, leftOut(fmt.Sprintf("pods.labels of the configuration has rules for %s, and it is not known whether the pod has that label", key))
+		}
+		if value != nil {
+			labels[key] = *value
 		}
 	}
 	a := policy.Assign(
-		config.Sandbox{ID: c.SandboxID, Namespace: c.Namespace},
+		config.Sandbox{ID: c.SandboxID, Namespace: c.Namespace, Labels: labels},
 		// What the policy checks of a path is that of a runtime's word. This one is the
 		// kernel's, and has been found to be the container's own.
-		config.Container{ID: c.ID, CgroupsPath: "/" + c.ID, Annotations: own},
+		config.Container{
+			ID: c.ID, CgroupsPath: "/" + c.ID, HostPID: f.HostPID, Privileged: f.Privileged, Annotations: f.Annotations,
+		},
 	)
 	if a.Partition == "" {
-		return engine.Container{}, errors.New(a.Reason)
+		return c, leftOut(a.Reason)
 	}
 	c.Partition, c.Interval, c.OnDemand, c.Secrets = a.Partition, a.Interval, a.OnDemand, a.Secrets
 	return c, nil

@@ -29,6 +29,8 @@ func fakeMachine(t *testing.T, lines string, cgroups ...string) machine {
 	process := filepath.Join(m.proc, strconv.Itoa(pid))
 	write(t, filepath.Join(process, "cgroup"), lines)
 	write(t, filepath.Join(process, "exe"), "")
+	write(t, filepath.Join(process, "ns/pid"), "")
+	write(t, filepath.Join(m.proc, "self/ns/pid"), "")
 	for _, c := range cgroups {
 		for dir := filepath.Dir(c); dir != "."; dir = filepath.Dir(dir) {
 			write(t, filepath.Join(m.cgroups, dir, "cgroup.procs"), "")
@@ -39,6 +41,18 @@ func fakeMachine(t *testing.T, lines string, cgroups ...string) machine {
 		write(t, filepath.Join(m.cgroups, "cgroup.controllers"), "")
 	}
 	return m
+}
+
+// ordinary is the configuration of a container that has nothing of the machine's.
+const ordinary = `{"ociVersion":"1.0.2","mounts":[{"destination":"/sys","type":"sysfs","source":"sysfs","options":["nosuid","ro"]}],
+	"linux":{"resources":{"devices":[{"allow":false,"access":"rwm"},{"allow":true,"type":"c","major":1,"minor":3,"access":"rwm"}]}}}`
+
+// bundleOf makes a bundle, in a directory of the container's id as CRI-O has it.
+func bundleOf(t *testing.T, root, id, config string) string {
+	t.Helper()
+	bundle := filepath.Join(root, id, "userdata")
+	write(t, filepath.Join(bundle, "config.json"), config)
+	return bundle
 }
 
 func write(t *testing.T, path, content string) {
@@ -114,12 +128,22 @@ func TestContainer(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			tc.want.ID = id
-			c, err := fakeMachine(t, tc.lines, tc.cgroup).container(specs.State{ID: id, Pid: pid, Annotations: tc.annotations}, policy)
+			s := specs.State{ID: id, Pid: pid, Annotations: tc.annotations, Bundle: bundleOf(t, t.TempDir(), id, ordinary)}
+			c, err := placedOn(fakeMachine(t, tc.lines, tc.cgroup), s, policy)
 			if err != nil || c != tc.want {
 				t.Errorf("got\n\t%+v, %v\nwant\n\t%+v", c, err, tc.want)
 			}
 		})
 	}
+}
+
+// placedOn is what a hook makes of a state.
+func placedOn(m machine, s specs.State, policy config.Config) (engine.Container, error) {
+	c, facts, err := m.container(s, policy.Pods)
+	if err != nil {
+		return c, err
+	}
+	return assign(policy, c, facts)
 }
 
 func TestContainerRefused(t *testing.T) {
@@ -145,7 +169,8 @@ func TestContainerRefused(t *testing.T) {
 			`annotation io.kubernetes.cri-o.SandboxID: "a/b\n" is not the id of a pod`},
 	} {
 		t.Run(name, func(t *testing.T) {
-			c, err := fakeMachine(t, tc.lines, id).container(specs.State{ID: id, Pid: tc.pid, Annotations: tc.annotations}, config.Default())
+			s := specs.State{ID: id, Pid: tc.pid, Annotations: tc.annotations, Bundle: bundleOf(t, t.TempDir(), id, ordinary)}
+			c, err := placedOn(fakeMachine(t, tc.lines, id), s, config.Default())
 			if err == nil || !strings.HasSuffix(err.Error(), tc.want) {
 				t.Errorf("got %+v, and error\n\t%v\nwant\n\t%s", c, err, tc.want)
 			}

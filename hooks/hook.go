@@ -13,7 +13,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/selective-ksm/selective-ksm/config"
-	"github.com/selective-ksm/selective-ksm/engine"
 	"github.com/selective-ksm/selective-ksm/engine/cgroup"
 	"github.com/selective-ksm/selective-ksm/engine/control"
 	"github.com/selective-ksm/selective-ksm/hooks/member"
@@ -40,7 +39,8 @@ func Members(dir string) (*member.Dir, error) {
 
 // Run is a hook: it reads the container's state and has the engine know of it. It waits
 // for no merge. The error is for a log, and never a reason for the container to fail;
-// it matches the context's where that has ended before the hook was done.
+// it matches the context's where that has ended before the hook was done, and
+// [ErrLeftOut] where there is nothing wrong.
 func Run(ctx context.Context, stage Stage, in io.Reader, o Options) error {
 	return run(ctx, stage, in, o, machine{proc: "/proc", cgroups: cgroup.DefaultRoot})
 }
@@ -57,15 +57,18 @@ func run(ctx context.Context, stage Stage, in io.Reader, o Options, on machine) 
 	known := true
 	switch stage {
 	case CreateRuntime:
-		var c engine.Container
-		c, err = on.container(s, o.Policy)
+		m := member.Member{PID: s.Pid, Created: time.Now().Round(0)}
+		m.Container, m.Facts, err = on.container(s, o.Policy.Pods)
 		if errors.Is(err, errNotOurs) {
 			return nil
-		} else if err != nil {
-			return fmt.Errorf("container %s is not merged: %w", s.ID, err)
 		}
-		m := member.Member{Container: c, PID: s.Pid, Created: time.Now().Round(0)}
-		if m.Init, err = on.program(s.Pid); err != nil {
+		if err == nil {
+			m.Container, err = assign(o.Policy, m.Container, m.Facts)
+		}
+		if err == nil {
+			m.Init, err = on.program(s.Pid)
+		}
+		if err != nil {
 			return fmt.Errorf("container %s is not merged: %w", s.ID, err)
 		}
 		err = dir.Put(ctx, m)

@@ -18,16 +18,20 @@ func TestRunRefuses(t *testing.T) {
 		t.Errorf("an engine was started for %q", id)
 		return nil
 	}}
+	bundle := bundleOf(t, t.TempDir(), id, ordinary)
 	for name, state := range map[string]string{
-		"malformed":    "{",
-		"truncated":    fmt.Sprintf(`{"id":%q,"pid":%d`, id, pid),
-		"oversized":    fmt.Sprintf(`{"id":%q,"pid":%d,"bundle":%q}`, id, pid, strings.Repeat("x", maxState)),
-		"path":         fmt.Sprintf(`{"id":"../%s","pid":%d}`, id, pid),
-		"line":         fmt.Sprintf(`{"id":"%s\n","pid":%d}`, id, pid),
-		"no process":   fmt.Sprintf(`{"id":%q,"pid":0}`, id),
-		"init":         fmt.Sprintf(`{"id":%q,"pid":1}`, id),
-		"dead":         fmt.Sprintf(`{"id":%q,"pid":%d}`, id, pid+1),
-		"other cgroup": fmt.Sprintf(`{"id":"other","pid":%d}`, pid),
+		"malformed":                 "{",
+		"truncated":                 fmt.Sprintf(`{"id":%q,"pid":%d`, id, pid),
+		"oversized":                 fmt.Sprintf(`{"id":%q,"pid":%d,"bundle":%q}`, id, pid, strings.Repeat("x", maxState)),
+		"path":                      fmt.Sprintf(`{"id":"../%s","pid":%d}`, id, pid),
+		"line":                      fmt.Sprintf(`{"id":"%s\n","pid":%d}`, id, pid),
+		"no process":                fmt.Sprintf(`{"id":%q,"pid":0}`, id),
+		"init":                      fmt.Sprintf(`{"id":%q,"pid":1}`, id),
+		"dead":                      fmt.Sprintf(`{"id":%q,"pid":%d}`, id, pid+1),
+		"other cgroup":              fmt.Sprintf(`{"id":"other","pid":%d,"bundle":%q}`, pid, bundle),
+		"no bundle":                 fmt.Sprintf(`{"id":%q,"pid":%d}`, id, pid),
+		"other bundle":              fmt.Sprintf(`{"id":%q,"pid":%d,"bundle":"/proc/self"}`, id, pid),
+		"line in the bundle's path": fmt.Sprintf(`{"id":%q,"pid":%d,"bundle":"/a\nb"}`, id, pid),
 	} {
 		t.Run(name, func(t *testing.T) {
 			err := run(t.Context(), CreateRuntime, strings.NewReader(state), o, on)

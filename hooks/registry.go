@@ -10,6 +10,7 @@ import (
 
 	"github.com/sirupsen/logrus"
 
+	"github.com/selective-ksm/selective-ksm/config"
 	"github.com/selective-ksm/selective-ksm/engine"
 	"github.com/selective-ksm/selective-ksm/engine/cgroup"
 	"github.com/selective-ksm/selective-ksm/engine/control"
@@ -52,14 +53,15 @@ type Registry struct {
 
 	// mu is held over what is read of the members and told to the engine of that, so that
 	// they do not part. It protects what follows.
-	mu    sync.Mutex
-	ctx   context.Context // of Run; nil before and after it
-	known map[string]*entry
-	ended bool
-	asked time.Time // when a hook last came
+	mu     sync.Mutex
+	policy config.Config
+	ctx    context.Context // of Run; nil before and after it
+	known  map[string]*entry
+	ended  bool
+	asked  time.Time // when a hook last came
 }
 
-// entry is a member as the engine has it.
+// entry is a member as the engine has it, with what policy gives it now.
 type entry struct {
 	member.Member
 	// forget ends the wait for its program.
@@ -69,10 +71,11 @@ type entry struct {
 	waits, running time.Time
 }
 
-// NewRegistry makes a registry. It does nothing until [Registry.Run].
-func NewRegistry(e Engine, dir *member.Dir, log logrus.FieldLogger) *Registry {
+// NewRegistry makes a registry whose containers get what the policy gives them. It does
+// nothing until [Registry.Run].
+func NewRegistry(e Engine, dir *member.Dir, policy config.Config, log logrus.FieldLogger) *Registry {
 	return &Registry{
-		engine: e, dir: dir, log: log, known: map[string]*entry{}, asked: time.Now(),
+		engine: e, dir: dir, policy: policy, log: log, known: map[string]*entry{}, asked: time.Now(),
 		machine: machine{proc: "/proc", cgroups: cgroup.DefaultRoot},
 	}
 }
@@ -129,7 +132,7 @@ func (r *Registry) Sync(ctx context.Context, id string) error {
 		}
 		return nil
 	}
-	return r.look(ctx, m)
+	return r.look(ctx, r.placed(m))
 }
 
 // Reconcile is that of the engine, for those containers that hooks have told of, and
@@ -152,7 +155,7 @@ func (r *Registry) Reconcile(created, running []engine.Container) error {
 			delete(before, m.ID)
 			continue
 		}
-		r.keep(m)
+		r.keep(r.placed(m))
 	}
 	for _, have := range before {
 		have.forget()
@@ -177,6 +180,46 @@ func (r *Registry) Reconcile(created, running []engine.Container) error {
 	return err
 }
 
+// Use gives all containers what another policy gives them, those that run too. Hooks
+// whose own policy left a container out have not told of it, and it stays out.
+func (r *Registry) Use(policy config.Config) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.policy = policy
+	ctx, cancel := context.WithTimeout(context.Background(), addTimeout)
+	defer cancel()
+	for _, have := range r.known {
+		now := r.placed(have.Member)
+		if now.Container == have.Container {
+			continue
+		}
+		have.Member = now
+		if err := r.engine.Add(ctx, now.Container); err != nil && !errors.Is(err, kernel.ErrKeptOut) {
+			// It is to be tried again.
+			r.log.WithError(err).WithField("container_id", now.ID).Debug("container is not merged")
+			r.drop(have)
+			continue
+		}
+		if !have.running.IsZero() {
+			r.engine.Start(now.ID)
+		}
+	}
+}
+
+// placed is a member with the partition that policy gives it now. One that it leaves out
+// is in none: a hook has said why, or whoever changed the policy knows. r.mu is held.
+func (r *Registry) placed(m member.Member) member.Member {
+	if m.Facts == nil {
+		return m
+	}
+	c, err := assign(r.policy, m.Container, m.Facts)
+	if err != nil {
+		r.log.WithError(err).WithField("container_id", m.ID).Debug("container is not merged")
+	}
+	m.Container = c
+	return m
+}
+
 // sweep looks at all that is written down, and reports whether that has changed. r.mu is
 // held.
 func (r *Registry) sweep(ctx context.Context) (changed bool) {
@@ -197,7 +240,7 @@ func (r *Registry) sweep(ctx context.Context) (changed bool) {
 	for _, m := range all {
 		have := r.known[m.ID]
 		changed = changed || !r.somebodys(m.ID) && (have == nil || have.Started != m.Started || !have.Created.Equal(m.Created))
-		if err := r.look(ctx, m); err != nil {
+		if err := r.look(ctx, r.placed(m)); err != nil {
 			r.log.WithError(err).WithField("container_id", m.ID).Debug("container is not merged")
 		}
 	}

@@ -106,6 +106,19 @@ func (f *fakeEngine) Status() []engine.PartitionStatus {
 	return []engine.PartitionStatus{all}
 }
 
+// partition is that of a container.
+func (f *fakeEngine) partition(id string) string {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.containers[id].Partition
+}
+
+func (f *fakeEngine) refuseWith(err error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.refuse = err
+}
+
 // merged is that a container has been merged now.
 func (f *fakeEngine) merged(id string) {
 	f.mu.Lock()
@@ -150,9 +163,22 @@ func newBench(t *testing.T) *bench {
 func (b *bench) registry() *Registry {
 	log := logrus.New()
 	log.SetOutput(io.Discard)
-	r := NewRegistry(b.engine, b.members, log)
+	r := NewRegistry(b.engine, b.members, config.Default(), log)
 	r.machine = b.machine
 	return r
+}
+
+// running makes a registry that runs, until the function ends it.
+func (b *bench) running() (r *Registry, stop func()) {
+	r = b.registry()
+	ctx, cancel := context.WithCancel(b.t.Context())
+	var running sync.WaitGroup
+	running.Go(func() { r.Run(ctx) })
+	synctest.Wait()
+	return r, func() {
+		cancel()
+		running.Wait()
+	}
 }
 
 func (b *bench) hook(stage Stage, id string) {
@@ -166,9 +192,11 @@ func (b *bench) hook(stage Stage, id string) {
 		process := filepath.Join(b.machine.proc, strconv.Itoa(pid))
 		write(b.t, filepath.Join(process, "cgroup"), "0::/"+id+"\n")
 		write(b.t, filepath.Join(process, "exe"), "runtime")
+		write(b.t, filepath.Join(process, "ns/pid"), "")
+		write(b.t, filepath.Join(b.machine.proc, "self/ns/pid"), "")
 		write(b.t, filepath.Join(b.machine.cgroups, id, "cgroup.procs"), fmt.Sprintln(pid))
 	}
-	state := fmt.Sprintf(`{"ociVersion":"1.0.2","id":%q,"pid":%d}`, id, pid)
+	state := fmt.Sprintf(`{"ociVersion":"1.0.2","id":%q,"pid":%d,"bundle":%q}`, id, pid, bundleOf(b.t, b.dir, id, ordinary))
 	o := Options{Dir: b.dir, Policy: config.Default(), Spawn: func(id string) error {
 		b.spawned = append(b.spawned, id)
 		return nil
@@ -207,12 +235,7 @@ func (b *bench) sync(r *Registry, id string) {
 func TestRegistry(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newBench(t)
-		r := b.registry()
-		ctx, cancel := context.WithCancel(t.Context())
-		var running sync.WaitGroup
-		running.Go(func() { r.Run(ctx) })
-		synctest.Wait()
-
+		r, stop := b.running()
 		for range 2 {
 			b.hook(CreateRuntime, "a")
 			b.sync(r, "a")
@@ -250,8 +273,7 @@ func TestRegistry(t *testing.T) {
 
 		b.sync(r, "unknown")
 		b.want("")
-		cancel()
-		running.Wait()
+		stop()
 		if len(b.spawned) != 9 {
 			t.Errorf("engines were started for %q", b.spawned)
 		}
@@ -295,6 +317,72 @@ func TestOnce(t *testing.T) {
 	}
 }
 
+// Another policy is that of the containers that run, too.
+func TestUse(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBench(t)
+		r, stop := b.running()
+		partition := func(id, want string) {
+			t.Helper()
+			if got := b.engine.partition(id); got != want {
+				t.Errorf("%s is in partition %q, want %q", id, got, want)
+			}
+		}
+		for _, id := range []string{"a", "b"} {
+			b.hook(CreateRuntime, id)
+			b.sync(r, id)
+		}
+		b.hook(Poststart, "a")
+		b.execute("a")
+		b.sync(r, "a")
+		time.Sleep(maxLook)
+		b.want("add a, add b, start a")
+		inPod := b.engine.partition("a")
+
+		r.Use(config.Default())
+		b.want("")
+		policy := config.Default()
+		policy.PartitionBy = config.ScopeContainer
+		r.Use(policy)
+		if got := b.engine.told(); got != "add a, start a, add b" && got != "add b, add a, start a" {
+			t.Errorf("the engine was told %q", got)
+		}
+		partition("a", strings.Replace(inPod, "pod", "ctr", 1))
+
+		// One that comes later, told of by a hook that has not seen the change.
+		b.hook(CreateRuntime, "c")
+		b.sync(r, "c")
+		b.want("add c")
+		if got := b.engine.partition("c"); !strings.HasPrefix(got, "sksm-ctr-") {
+			t.Errorf("c is in partition %q", got)
+		}
+
+		policy.Pods.OnlyAnnotated = true
+		r.Use(policy)
+		b.engine.told()
+		partition("a", "")
+		r.sweep(t.Context())
+		if err := r.Reconcile(nil, nil); err != nil {
+			t.Error(err)
+		}
+		b.want("reconcile [b c] [a]")
+		partition("a", "")
+
+		b.engine.refuseWith(errors.New("no memory"))
+		r.Use(config.Default())
+		if got := b.engine.told(); strings.Count(got, "stop") != 3 {
+			t.Errorf("the engine was told %q", got)
+		}
+		b.engine.refuseWith(nil)
+		time.Sleep(swept + maxLook)
+		partition("a", inPod)
+		if got := b.engine.told(); !strings.Contains(got, "start a") {
+			t.Errorf("the engine was told %q", got)
+		}
+		stop()
+	})
+}
+
 func TestRefused(t *testing.T) {
 	b := newBench(t)
 	r := b.registry()
@@ -323,7 +411,9 @@ func TestWorker(t *testing.T) {
 		log := logrus.New()
 		log.SetOutput(io.Discard)
 		work := func(during func(w *Worker)) {
-			w := NewWorker(b.engine, b.members, log, []time.Duration{0, 10 * time.Second}, false)
+			policy := config.Default()
+			policy.StartDelays = []time.Duration{0, 10 * time.Second}
+			w := NewWorker(b.engine, b.members, policy, log, false)
 			w.machine = b.machine
 			if err := w.Reconcile(nil, nil); err != nil {
 				t.Error(err)

@@ -16,6 +16,7 @@ import (
 	"github.com/sirupsen/logrus"
 	"golang.org/x/sys/unix"
 
+	"github.com/selective-ksm/selective-ksm/config"
 	"github.com/selective-ksm/selective-ksm/engine"
 	"github.com/selective-ksm/selective-ksm/engine/cgroup"
 	"github.com/selective-ksm/selective-ksm/engine/control"
@@ -126,11 +127,11 @@ type Worker struct {
 	yields func()
 }
 
-// NewWorker makes a worker for an engine that merges containers after the delays from
-// their start, and then not again. Where the kernel has one merge space, the engine has
+// NewWorker makes a worker for an engine that merges containers after the start delays
+// of the policy, and then not again. Where the kernel has one merge space, the engine has
 // to know of all who may have it.
-func NewWorker(e Engine, dir *member.Dir, log logrus.FieldLogger, delays []time.Duration, oneSpace bool) *Worker {
-	w := &Worker{Registry: NewRegistry(e, dir, log), delays: delays, yield: make(chan struct{})}
+func NewWorker(e Engine, dir *member.Dir, policy config.Config, log logrus.FieldLogger, oneSpace bool) *Worker {
+	w := &Worker{Registry: NewRegistry(e, dir, policy, log), delays: policy.StartDelays, yield: make(chan struct{})}
 	w.once = !oneSpace
 	w.yields = sync.OnceFunc(func() { close(w.yield) })
 	return w

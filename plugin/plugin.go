@@ -23,6 +23,7 @@ import (
 	"github.com/sirupsen/logrus"
 
 	"github.com/selective-ksm/selective-ksm/config"
+	"github.com/selective-ksm/selective-ksm/config/watch"
 	"github.com/selective-ksm/selective-ksm/engine"
 	"github.com/selective-ksm/selective-ksm/engine/optin"
 )
@@ -99,7 +100,7 @@ func Run(ctx context.Context, o Options) error {
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	var reloading sync.WaitGroup
-	reloading.Go(func() { p.reload(ctx) })
+	reloading.Go(func() { watch.Reload(ctx, p.Reload, p.Log, p.reload) })
 	defer reloading.Wait()
 	defer cancel()
 	retry := minRetry

@@ -1,31 +1,13 @@
 package plugin
 
 import (
-	"context"
 	"maps"
 	"slices"
 )
 
-// reload takes the configuration anew, each time that it may have changed, until ctx
-// ends.
-func (p *plugin) reload(ctx context.Context) {
-	for {
-		select {
-		case <-p.Reload:
-		case <-ctx.Done():
-			return
-		}
-		if err := p.reloadOnce(); err != nil {
-			p.Log.WithError(err).Error("configuration is not reloaded, and stays as it was")
-		} else {
-			p.Log.Info("configuration is reloaded")
-		}
-	}
-}
-
-// reloadOnce takes a configuration whole, or returns an error and changes nothing.
+// reload takes a configuration whole, or returns an error and changes nothing.
 // Containers that are there already get what the new one gives them.
-func (p *plugin) reloadOnce() error {
+func (p *plugin) reload() error {
 	c, err := p.Load()
 	if err != nil {
 		return err

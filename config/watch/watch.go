@@ -1,4 +1,4 @@
-// Package watch tells when the configuration may have changed.
+// Package watch tells when the configuration may have changed, and has it taken anew.
 package watch
 
 import (
@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/fsnotify/fsnotify"
+	"github.com/sirupsen/logrus"
 )
 
 // quiet is how long a file must have been left alone: an editor writes it in more
@@ -58,6 +59,23 @@ func File(ctx context.Context, path string, changed chan<- struct{}) (err error)
 			}
 		case <-ctx.Done():
 			return nil
+		}
+	}
+}
+
+// Reload takes the configuration anew, each time that it may have changed, until ctx
+// ends, and logs what came of it. An error of the function must have changed nothing.
+func Reload(ctx context.Context, changed <-chan struct{}, log logrus.FieldLogger, reload func() error) {
+	for {
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return
+		}
+		if err := reload(); err != nil {
+			log.WithError(err).Error("configuration is not reloaded, and stays as it was")
+		} else {
+			log.Info("configuration is reloaded")
 		}
 	}
 }

@@ -6,6 +6,7 @@ package memory
 import (
 	"bufio"
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -59,15 +60,17 @@ type Offer struct {
 // (it came with 6.7), that is its mappings whole, present or not. The error
 // matches [os.ErrNotExist] or [unix.ESRCH] when the process is gone.
 //
+// It ends early with the error of ctx.
+//
 // The process is looked up by its number: the caller checks that it was the right
 // one after the call.
-func Find(pid int, o Options) (Offer, error) {
+func Find(ctx context.Context, pid int, o Options) (Offer, error) {
 	smaps, err := os.Open(fmt.Sprintf("/proc/%d/smaps", pid))
 	if err != nil {
 		return Offer{}, err
 	}
 	defer smaps.Close()
-	mappings, err := parse(smaps)
+	mappings, err := parse(ctx, smaps)
 	if err != nil {
 		return Offer{}, fmt.Errorf("reading %s: %w", smaps.Name(), err)
 	}
@@ -86,7 +89,7 @@ func Find(pid int, o Options) (Offer, error) {
 		}
 		found := scanned{present: []kernel.Range{m.Range}}
 		if scannable {
-			found, err = scan(pagemap, pid, m.Range, o)
+			found, err = scan(ctx, pagemap, pid, m.Range, o)
 			if errors.Is(err, unix.ENOTTY) {
 				scannable, found = false, scanned{present: []kernel.Range{m.Range}}
 			} else if err != nil {
@@ -239,14 +242,17 @@ func (m *mapping) flag(name string) {
 	}
 }
 
-// parse reads /proc/PID/smaps.
-func parse(smaps io.Reader) ([]mapping, error) {
+// parse reads /proc/PID/smaps. The kernel walks the pages of a mapping when it is read.
+func parse(ctx context.Context, smaps io.Reader) ([]mapping, error) {
 	var found []mapping
 	lines := bufio.NewScanner(smaps)
 	for lines.Scan() {
 		line := lines.Bytes()
 		key, value, _ := bytes.Cut(line, []byte(":"))
 		if bytes.IndexByte(key, ' ') >= 0 || bytes.IndexByte(key, '-') >= 0 {
+			if ctx.Err() != nil {
+				return nil, ctx.Err()
+			}
 			m, err := parseHeader(string(line))
 			if err != nil {
 				return nil, err

@@ -1,6 +1,7 @@
 package memory
 
 import (
+	"context"
 	"errors"
 	"math"
 	"os"
@@ -65,7 +66,7 @@ VmFlags: ex mg
 `
 
 func TestQualifies(t *testing.T) {
-	mappings, err := parse(strings.NewReader(smaps))
+	mappings, err := parse(t.Context(), strings.NewReader(smaps))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -102,7 +103,7 @@ func TestQualifies(t *testing.T) {
 		"2000-1000 rw-p 00000000 00:00 0": `not a range of addresses: "2000-1000"`,
 		"1000-2000 rw-p 00000000 00:00 0\nAnonymous: much kB\n": `line of another form: "Anonymous: much kB"`,
 	} {
-		if _, err := parse(strings.NewReader(bad)); err == nil || err.Error() != want {
+		if _, err := parse(t.Context(), strings.NewReader(bad)); err == nil || err.Error() != want {
 			t.Errorf("%q: %v", bad, err)
 		}
 	}
@@ -169,7 +170,7 @@ func TestScan(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer pagemap.Close()
-	found, err := scan(pagemap, os.Getpid(), at, Options{})
+	found, err := scan(t.Context(), pagemap, os.Getpid(), at, Options{})
 	if errors.Is(err, unix.ENOTTY) {
 		missing.Skip(t, "this kernel has no PAGEMAP_SCAN (it came with 6.7)")
 	}
@@ -203,14 +204,14 @@ func TestZeroPartsOfHugePages(t *testing.T) {
 	defer pagemap.Close()
 	whole := kernel.Range{Start: at + from, End: at + from + huge}
 	written := kernel.Range{Start: whole.Start + 3*page, End: whole.Start + 4*page}
-	all, err := scan(pagemap, os.Getpid(), whole, Options{Zero: true})
+	all, err := scan(t.Context(), pagemap, os.Getpid(), whole, Options{Zero: true})
 	if err != nil {
 		t.Fatal(err)
 	}
 	if !reflect.DeepEqual(all.present, []kernel.Range{whole}) {
 		missing.Skip(t, "the kernel gave no huge page, but %x", all.present)
 	}
-	got, err := scan(pagemap, os.Getpid(), whole, Options{})
+	got, err := scan(t.Context(), pagemap, os.Getpid(), whole, Options{})
 	if err != nil || !reflect.DeepEqual(got.present, []kernel.Range{written}) || got.zero != huge-page {
 		t.Errorf("got %x and %d bytes of zeros, %v; want %x", got.present, got.zero, err, written)
 	}
@@ -237,7 +238,7 @@ func TestDirty(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer pagemap.Close()
-	found, err := scan(pagemap, os.Getpid(), at, Options{Dirty: true})
+	found, err := scan(t.Context(), pagemap, os.Getpid(), at, Options{Dirty: true})
 	if want := []kernel.Range{{Start: at.Start + 3*page, End: at.Start + 4*page}}; err != nil || !reflect.DeepEqual(found.present, want) {
 		t.Errorf("got %x, %v; want %x", found.present, err, want)
 	}
@@ -262,12 +263,49 @@ func TestActivity(t *testing.T) {
 	}
 }
 
+// ending is a context that ends when it has been asked a number of times.
+type ending struct {
+	context.Context
+	left int
+}
+
+func (e *ending) Err() error {
+	if e.left--; e.left < 0 {
+		return context.Canceled
+	}
+	return nil
+}
+
+// A look ends wherever it is: in the list of mappings, or in one that is large.
+func TestFindEnds(t *testing.T) {
+	const large = 8 * span
+	mem, err := unix.Mmap(-1, 0, large, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_NORESERVE)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Munmap(mem)
+	mem[0], mem[large-1] = 1, 1
+	ctx := &ending{t.Context(), math.MaxInt}
+	if _, err := Find(ctx, os.Getpid(), Options{Any: true}); err != nil {
+		t.Fatal(err)
+	}
+	whole := math.MaxInt - ctx.left
+	if whole < 2*8 {
+		t.Errorf("the context was looked at %d times", whole)
+	}
+	for _, left := range []int{0, whole / 2, whole - 2} {
+		if _, err := Find(&ending{t.Context(), left}, os.Getpid(), Options{Any: true}); !errors.Is(err, context.Canceled) {
+			t.Errorf("after %d looks at the context: %v", left, err)
+		}
+	}
+}
+
 func TestFind(t *testing.T) {
 	mem, at := mapped(t, 64)
 	for i := range mem {
 		mem[i] = 1
 	}
-	offer, err := Find(os.Getpid(), Options{Any: true})
+	offer, err := Find(t.Context(), os.Getpid(), Options{Any: true})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -299,7 +337,7 @@ func TestMergeable(t *testing.T) {
 }
 
 func TestProcessGone(t *testing.T) {
-	if _, err := Find(math.MaxInt32, Options{}); !errors.Is(err, os.ErrNotExist) {
+	if _, err := Find(t.Context(), math.MaxInt32, Options{}); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("Find: %v", err)
 	}
 	if _, err := Mergeable(math.MaxInt32); !errors.Is(err, os.ErrNotExist) {

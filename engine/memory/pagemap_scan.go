@@ -2,6 +2,7 @@ package memory
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"os"
 	"runtime"
@@ -24,6 +25,9 @@ const (
 	pageIsHuge      = 1 << 6
 	pageIsSoftDirty = 1 << 7
 )
+
+// span is the most that is scanned in one call, in bytes, which cannot be ended.
+const span = 1 << 30
 
 // pageRegion is struct page_region.
 type pageRegion struct {
@@ -65,8 +69,8 @@ func (s *scanned) add(start, end uint64) {
 // scan finds the parts of a mapping that are present and the process's own. The
 // zero page that reading unwritten memory maps is none; those that a huge page
 // brought along are told by what they hold. It returns [unix.ENOTTY] where the kernel
-// has no PAGEMAP_SCAN.
-func scan(pagemap *os.File, pid int, m kernel.Range, o Options) (scanned, error) {
+// has no PAGEMAP_SCAN, and the error of ctx when that has ended.
+func scan(ctx context.Context, pagemap *os.File, pid int, m kernel.Range, o Options) (scanned, error) {
 	var (
 		found scanned
 		vec   [512]pageRegion
@@ -82,9 +86,13 @@ func scan(pagemap *os.File, pid int, m kernel.Range, o Options) (scanned, error)
 		must |= pageIsSoftDirty
 	}
 	for start := m.Start; start < m.End; {
+		if ctx.Err() != nil {
+			return scanned{}, ctx.Err()
+		}
+		end := min(start+span, m.End)
 		arg := pmScanArg{
 			start:            start,
-			end:              m.End,
+			end:              end,
 			vec:              uint64(uintptr(unsafe.Pointer(&vec))),
 			vecLen:           uint64(len(vec)),
 			categoryInverted: pageIsFile,
@@ -103,7 +111,7 @@ func scan(pagemap *os.File, pid int, m kernel.Range, o Options) (scanned, error)
 			case r.categories&pageIsPFNZero != 0:
 				found.zero += r.end - r.start
 			case r.categories&pageIsHuge != 0 && !o.Zero:
-				if err := found.addWritten(pid, r.start, r.end); err != nil {
+				if err := found.addWritten(ctx, pid, r.start, r.end); err != nil {
 					return scanned{}, err
 				}
 			default:
@@ -119,11 +127,14 @@ func scan(pagemap *os.File, pid int, m kernel.Range, o Options) (scanned, error)
 }
 
 // addWritten adds the pages of a part of a process's memory that are not zero.
-func (s *scanned) addWritten(pid int, start, end uint64) error {
+func (s *scanned) addWritten(ctx context.Context, pid int, start, end uint64) error {
 	page := os.Getpagesize()
 	zero := make([]byte, page)
 	buf := make([]byte, 64*page)
 	for at := start; at < end; {
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
 		part := buf[:min(uint64(len(buf)), end-at)]
 		n, err := unix.ProcessVMReadv(pid,
 			[]unix.Iovec{{Base: &part[0], Len: uint64(len(part))}},
@@ -163,7 +174,7 @@ func TellsDirty() (bool, error) {
 	}
 	defer pagemap.Close()
 	start := uint64(uintptr(unsafe.Pointer(&mem[0])))
-	found, err := scan(pagemap, os.Getpid(), kernel.Range{Start: start, End: start + uint64(len(mem))}, Options{Dirty: true, Zero: true})
+	found, err := scan(context.Background(), pagemap, os.Getpid(), kernel.Range{Start: start, End: start + uint64(len(mem))}, Options{Dirty: true, Zero: true})
 	if errors.Is(err, unix.ENOTTY) {
 		return false, nil
 	}

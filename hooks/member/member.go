@@ -27,9 +27,24 @@ type Program struct {
 	Device, Inode uint64
 }
 
+// Facts are what policy has to know of a container.
+type Facts struct {
+	// HostPID is that it sees the processes of the machine, Privileged that it has the
+	// devices of the machine, or may have.
+	HostPID, Privileged bool
+	// Labels are those of its pod that were asked for when it was created. One that the
+	// pod has not is nil.
+	Labels map[string]*string
+	// Annotations are those of the configuration.
+	Annotations map[string]string
+}
+
 // Member is a container that hooks have told of.
 type Member struct {
+	// Container has the partition that policy gave it when it was created.
 	engine.Container
+	// Facts are nil in a file of a version that did not write them down.
+	Facts *Facts
 	// PID is that of its first process. It means nothing once that has exited.
 	PID int
 	// Init is what that process executed when it was created: the runtime's program,

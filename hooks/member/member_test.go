@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"reflect"
 	"strings"
 	"sync"
 	"testing"
@@ -35,6 +36,7 @@ func open(t *testing.T, path string, gone ...string) *Dir {
 func member(id string) Member {
 	return Member{
 		Container: engine.Container{ID: id, CgroupsPath: "/" + id, Partition: "sksm-pod-" + id},
+		Facts:     &Facts{HostPID: true, Labels: map[string]*string{"app": &id, "tier": nil}},
 		PID:       7, Init: Program{Device: 1, Inode: 2}, Created: time.Now().Round(0),
 	}
 }
@@ -51,7 +53,7 @@ func TestDir(t *testing.T) {
 	}
 	// Another process sees it.
 	d = open(t, path)
-	if got, found, err := d.Get(ctx, "a"); err != nil || !found || got.Container != want.Container || !got.Created.Equal(want.Created) || got.Init != want.Init {
+	if got, found, err := d.Get(ctx, "a"); err != nil || !found || got.Container != want.Container || !got.Created.Equal(want.Created) || got.Init != want.Init || !reflect.DeepEqual(got.Facts, want.Facts) {
 		t.Errorf("got %+v, %v, %v", got, found, err)
 	}
 	if found, err := d.Change(ctx, "a", func(m *Member) { m.Started = true }); err != nil || !found {

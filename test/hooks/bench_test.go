@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -22,6 +23,7 @@ func BenchmarkHook(b *testing.B) {
 			if engines == "daemon" {
 				n.daemon(b)
 			}
+			bundle := write(b, (&bundles{hooks: n.hooks}).config(b, "/", "", nil))
 			took := map[string][]time.Duration{}
 			for i := 0; b.Loop(); i++ {
 				b.StopTimer()
@@ -36,7 +38,7 @@ func BenchmarkHook(b *testing.B) {
 					if stage == "poststop" {
 						end()
 					}
-					cmd.Stdin = strings.NewReader(fmt.Sprintf(`{"ociVersion":"1.0.2","id":%q,"status":"created","pid":%d,"bundle":"/"}`, id, pid))
+					cmd.Stdin = strings.NewReader(fmt.Sprintf(`{"ociVersion":"1.0.2","id":%q,"status":"created","pid":%d,"bundle":%q}`, id, pid, bundle))
 					begin := time.Now()
 					// One merge space is not for all.
 					if out, err := cmd.CombinedOutput(); err != nil && !strings.Contains(string(out), "partition is kept out") {
@@ -54,9 +56,9 @@ func BenchmarkHook(b *testing.B) {
 	}
 }
 
-// waiting starts a process in a cgroup that is named after a container. The function
-// ends both.
-func waiting(b *testing.B, id string) (pid int, end func()) {
+// waiting starts a process in a pid namespace, and in a cgroup that is named after a
+// container. The function ends it.
+func waiting(b testing.TB, id string) (pid int, end func()) {
 	b.Helper()
 	var dirs []string
 	for _, h := range []string{"", "memory", "pids"} {
@@ -66,6 +68,7 @@ func waiting(b *testing.B, id string) (pid int, end func()) {
 		}
 	}
 	cmd := exec.Command("/bin/sleep", "1000")
+	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWPID}
 	if err := cmd.Start(); err != nil {
 		b.Fatal(err)
 	}

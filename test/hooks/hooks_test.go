@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -67,6 +68,8 @@ type node struct {
 	hooks   string
 	control string
 	log     string
+	// process is the daemon's.
+	process *os.Process
 	// mainline is that the kernel has one merge space, so that one pod is merged.
 	mainline bool
 	// wrapper is a runtime whose containers are mergeable, where the kernel does not
@@ -100,6 +103,9 @@ func newNode(t testing.TB) *node {
 	}
 	if err := os.WriteFile(n.config, []byte(settings), 0o644); err != nil {
 		t.Fatal(err)
+	}
+	if out, err := try(product, "doctor", "-config", n.config); err != nil {
+		missing.Skip(t, "no engine can run: %s", out)
 	}
 	command(t, product, "hook", "install", "-dir", n.hooks, "-config", n.config, "-deadline", "8s")
 	command(t, product, "hook", "validate", "-dir", n.hooks)
@@ -145,6 +151,7 @@ func (n *node) daemon(t testing.TB) (stop func()) {
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
+	n.process = cmd.Process
 	stop = sync.OnceFunc(func() {
 		if err := errors.Join(cmd.Process.Signal(os.Interrupt), cmd.Wait()); err != nil {
 			t.Errorf("daemon: %v: %s", err, said.String())
@@ -385,8 +392,9 @@ func TestPods(t *testing.T) {
 	})
 }
 
-// many is how many containers come and go at the same time. Podman, which takes seconds
-// for anything in an emulated VM, is given as many on this machine's kernel only.
+// many is how many containers come and go at the same time. Podman, which takes minutes
+// for as many in an emulated VM, is given them there once only: where each hook may have
+// to start an engine.
 const many, manyEmulated = 50, 10
 
 // Containers that come and go at once, in pods of five, end with nothing left, however
@@ -395,7 +403,7 @@ func TestMany(t *testing.T) {
 	each(t, func(t *testing.T, n *node, r runtime, use func(bool)) {
 		use(false)
 		many := many
-		if _, slow := r.(*podman); slow && !n.mainline {
+		if _, slow := r.(*podman); slow && !n.mainline && n.process != nil {
 			many = manyEmulated
 		}
 		var pods []string
@@ -472,6 +480,114 @@ func TestEngines(t *testing.T) {
 	ended(t)
 }
 
+// Containers that have what is the machine's are left out, as podman says it.
+func TestLeftOut(t *testing.T) {
+	n := newNode(t)
+	if _, err := exec.LookPath("podman"); err != nil {
+		missing.Skip(t, "%v", err)
+	}
+	n.daemon(t)
+	p := &podman{hooks: n.hooks, control: n.control, native: n.mainline, runtime: "runc"}
+	for name, tc := range map[string]struct {
+		args []string
+		out  bool
+	}{
+		"nothing":    {nil, false},
+		"devices":    {[]string{"--device", "/dev/null"}, false},
+		"privileged": {[]string{"--privileged"}, true},
+		"processes":  {[]string{"--pid", "host"}, true},
+		"sysfs":      {[]string{"--volume", "/sys:/sys"}, true},
+	} {
+		p.more = tc.args
+		id := p.start(t, "hooks-"+name, "")
+		files, err := filepath.Glob(filepath.Join(engine.RunDir, "hooks", "*.json"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		told := false
+		for _, path := range files {
+			content, err := os.ReadFile(path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			told = told || strings.Contains(string(content), id)
+		}
+		if told == tc.out {
+			t.Errorf("%s: the engine is told %v", name, told)
+		}
+		p.stop(t, "hooks-"+name, true)
+	}
+	n.clean(t)
+}
+
+// The daemon takes another configuration whole, also for a container that runs, or not
+// at all.
+func TestReload(t *testing.T) {
+	n := newNode(t)
+	if _, err := exec.LookPath("runc"); err != nil {
+		missing.Skip(t, "%v", err)
+	}
+	n.daemon(t)
+	r := &bundles{hooks: n.hooks, control: n.control, runtime: n.merged("runc")}
+	n.run(t, r, "hooks-a", r.pod(t, "hooks-shop"))
+	content, err := os.ReadFile(n.config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	change := func(more string) {
+		t.Helper()
+		if err := os.WriteFile(n.config, append(content[:len(content):len(content)], more...), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	partition := func(prefix string) {
+		t.Helper()
+		within(t, "the container is in a partition "+prefix, func() error {
+			all, err := control.Status(t.Context(), engine.RunDir)
+			if err != nil {
+				return err
+			}
+			for _, p := range all {
+				for _, c := range p.Containers {
+					if c.ID == "hooks-a" && strings.HasPrefix(p.Name, prefix) {
+						return nil
+					}
+				}
+			}
+			return fmt.Errorf("there is %+v", all)
+		})
+	}
+	logged := func(line string, times int) {
+		t.Helper()
+		within(t, "the log says "+line, func() error {
+			log, err := os.ReadFile(n.log)
+			if have := strings.Count(string(log), line); err == nil && have != times {
+				err = fmt.Errorf("%d times, not %d", have, times)
+			}
+			return err
+		})
+	}
+	partition("sksm-pod-")
+	change("partitionBy: container\n")
+	partition("sksm-ctr-")
+	logged("configuration is reloaded", 1)
+	// One part of it is wrong.
+	change("partitionBy: pod\ninterval: soon\n")
+	logged("configuration is not reloaded, and stays as it was", 1)
+	partition("sksm-ctr-")
+	change("partitionBy: pod\ninterface: syscall\n")
+	logged("configuration is not reloaded, and stays as it was", 2)
+	partition("sksm-ctr-")
+	change("partitionBy: container\n")
+	logged("configuration is reloaded", 2)
+	if err := n.process.Signal(syscall.SIGHUP); err != nil {
+		t.Fatal(err)
+	}
+	logged("configuration is reloaded", 3)
+	r.stop(t, "hooks-a", true)
+	n.clean(t)
+}
+
 // A hook that cannot do its work says why in a line, in time, and is no failure of the
 // container, unless it is told to be.
 func TestFailures(t *testing.T) {
@@ -532,5 +648,46 @@ func TestFailures(t *testing.T) {
 			}
 		})
 	}
+	t.Run("left out", func(t *testing.T) {
+		// Nothing is wrong with it.
+		pid, end := waiting(t, "hooks-waiting")
+		defer end()
+		bundle := write(t, (&bundles{hooks: n.hooks}).config(t, "/", "", nil))
+		state := fmt.Sprintf(`{"ociVersion":"1.0.2","id":"hooks-waiting","status":"creating","pid":%d,"bundle":%q,"annotations":{"merge.selective-ksm.dev":"off"}}`, pid, bundle)
+		const want = `selective-ksm: hook createRuntime: container hooks-waiting is not merged: merge.selective-ksm.dev is "off"` + "\n"
+		if status, line, _ := hook(t, state, "createRuntime", "-config", n.config, "-strict"); status != 0 || line != want {
+			t.Errorf("strict: status %d, and it says\n\t%swant\n\t%s", status, line, want)
+		}
+	})
 	n.clean(t)
+}
+
+// The line is in the system's log, too.
+func TestSystemLog(t *testing.T) {
+	n := newNode(t)
+	const path = "/dev/log"
+	system, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: path, Net: "unixgram"})
+	if err != nil {
+		missing.Skip(t, "the system has a log: %v", err)
+	}
+	defer func() {
+		if err := errors.Join(system.Close(), os.Remove(path)); err != nil {
+			t.Error(err)
+		}
+	}()
+	cmd := exec.Command(product, "hook", "createRuntime", "-config", n.config)
+	cmd.Stdin = strings.NewReader("{")
+	said, err := cmd.CombinedOutput()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := system.SetReadDeadline(time.Now().Add(patience)); err != nil {
+		t.Fatal(err)
+	}
+	data := make([]byte, 1<<16)
+	size, err := system.Read(data)
+	want := ": " + strings.TrimPrefix(string(said), "selective-ksm: ")
+	if err != nil || !strings.HasSuffix(string(data[:size]), want) {
+		t.Errorf("the system's log has %q, %v, want it to end with %q", data[:size], err, want)
+	}
 }

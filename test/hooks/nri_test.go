@@ -65,11 +65,13 @@ func TestNRI(t *testing.T) {
 	defer web.Close()
 	seen = append(seen, web.PID)
 
+	r := &bundles{hooks: n.hooks, control: n.control, runtime: "runc"}
+	bundle := write(t, r.config(t, "/", "", nil))
 	// As containerd's runtime calls the hooks of a bundle.
 	hook := func(stage string) {
 		t.Helper()
 		state, err := json.Marshal(specs.State{
-			Version: "1.0.2", ID: web.ID, Pid: web.PID, Bundle: "/", Annotations: map[string]string{
+			Version: "1.0.2", ID: web.ID, Pid: web.PID, Bundle: bundle, Annotations: map[string]string{
 				"io.kubernetes.cri.sandbox-id": pod.ID, "io.kubernetes.cri.container-name": "hooks",
 			},
 		})
@@ -84,7 +86,6 @@ func TestNRI(t *testing.T) {
 	}
 	hook("createRuntime")
 	hook("poststart")
-	r := &bundles{hooks: n.hooks, control: n.control, runtime: "runc"}
 	n.run(t, r, "hooks-a", "hooks-bank")
 
 	// has waits until the engine has each container once, as who told of it first does.

@@ -91,6 +91,7 @@ type podman struct {
 	runtime string // of the containers that are started next
 	control string
 	native  bool
+	more    []string // arguments of the containers that are started next
 }
 
 func (p *podman) run(t testing.TB, args ...string) string {
@@ -125,6 +126,7 @@ func (p *podman) args(name, pod, root string) []string {
 	if pod != "" {
 		run = append(run, "--pod", pod)
 	}
+	run = append(run, p.more...)
 	return append(run, "--volume", p.control+":"+p.control, "--rootfs", root, "/workload")
 }
 
@@ -185,6 +187,7 @@ func (b *bundles) config(t testing.TB, root, pod string, args []string) specs.Sp
 		Process: &specs.Process{Args: append([]string{"/workload"}, args...), Cwd: "/", Env: []string{"PATH=/"}},
 		Mounts: []specs.Mount{
 			{Destination: "/proc", Type: "proc", Source: "proc"},
+			{Destination: "/sys", Type: "sysfs", Source: "sysfs", Options: []string{"nosuid", "noexec", "nodev", "ro"}},
 			{Destination: "/dev", Type: "tmpfs", Source: "tmpfs", Options: []string{"nosuid", "mode=755"}},
 			{Destination: b.control, Type: "bind", Source: b.control, Options: []string{"bind", "rw"}},
 		},
@@ -234,8 +237,14 @@ func (b *bundles) start(t testing.TB, name, pod string, args ...string) string {
 // bundle makes a bundle of the workload.
 func (b *bundles) bundle(t testing.TB, pod string, args []string) string {
 	t.Helper()
+	return write(t, b.config(t, rootfs(t, b.control), pod, args))
+}
+
+// write makes a bundle of a configuration.
+func write(t testing.TB, s specs.Spec) string {
+	t.Helper()
 	bundle := t.TempDir()
-	data, err := json.Marshal(b.config(t, rootfs(t, b.control), pod, args))
+	data, err := json.Marshal(s)
 	if err == nil {
 		err = os.WriteFile(filepath.Join(bundle, "config.json"), data, 0o644)
 	}
