@@ -66,7 +66,7 @@ func assign(policy config.Config, c engine.Container, annotations map[string]str
 	if a.Partition == "" {
 		return engine.Container{}, errors.New(a.Reason)
 	}
-	c.Partition, c.Interval, c.OnDemand, c.Secrets = a.Partition, a.Interval, a.OnDemand, a.Secrets
+	c.Partition, c.Interval, c.OnDemand, c.Secrets, c.Because = a.Partition, a.Interval, a.OnDemand, a.Secrets, a.Because
 	return c, nil
 }
 
