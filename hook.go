@@ -31,9 +31,10 @@ var errNotRoot = errors.New("not root: the kernel lets only root merge the memor
 
 // runDaemon runs the engine for containers that hooks tell of, until a signal ends it.
 func runDaemon(args []string) error {
-	var path string
+	var path, address string
 	flags := newFlags("daemon")
 	flags.StringVar(&path, "config", "", "")
+	flags.StringVar(&address, "metrics", "", "")
 	if err := parse(flags, args); err != nil {
 		return err
 	}
@@ -42,12 +43,16 @@ func runDaemon(args []string) error {
 		return err
 	}
 	defer h.Close()
+	if err := h.serveMetrics(address); err != nil {
+		return err
+	}
 	h.report()
 	r := hooks.NewRegistry(h.engine, h.members, h.log)
 	if err := r.Reconcile(nil, nil); err != nil {
 		h.log.WithError(err).Warn("partitions that are not needed any more may stay")
 	}
 	return h.run(r, func(ctx context.Context) error {
+		h.ready()
 		<-ctx.Done()
 		return nil
 	})

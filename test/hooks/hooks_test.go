@@ -152,7 +152,7 @@ func (n *node) daemon(t testing.TB) (stop func()) {
 	})
 	t.Cleanup(stop)
 	within(t, "daemon answers", func() error {
-		_, err := control.Status(t.Context(), engine.RunDir)
+		_, err := control.Ask(t.Context(), engine.RunDir)
 		return err
 	})
 	return stop
@@ -436,7 +436,8 @@ func TestEngines(t *testing.T) {
 	a := n.run(t, r, "hooks-a", pod)
 	stop := n.daemon(t)
 	within(t, "the daemon has it", func() error {
-		all, err := control.Status(t.Context(), engine.RunDir)
+		report, err := control.Ask(t.Context(), engine.RunDir)
+		all := report.Partitions
 		if err == nil && (len(all) != 1 || len(all[0].Containers) != 1 || !all[0].Containers[0].Running) {
 			err = fmt.Errorf("it has %+v", all)
 		}
