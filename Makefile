@@ -150,9 +150,9 @@ build/bin/actor: $(wildcard test/kernel/actor/program/*)
 	@mkdir -p $(@D)
 	@gcc -O2 -g -static -Wall -Wextra -o $@ $(filter %.c,$^)
 
-# gcc is for the race detector, and for the actor of the kernel's tests; the last three
-# call hooks.
-PACKAGES := gcc libc6-dev qemu-system-x86 shellcheck podman runc crun
+# gcc is for the race detector, and for the actor of the kernel's tests; podman, runc and
+# crun call hooks; systemd checks the services of examples/.
+PACKAGES := gcc libc6-dev qemu-system-x86 shellcheck podman runc crun systemd
 
 .PHONY: packages
 packages:

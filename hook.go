@@ -32,9 +32,10 @@ var errNotRoot = errors.New("not root: the kernel lets only root merge the memor
 
 // runDaemon runs the engine for containers that hooks tell of, until a signal ends it.
 func runDaemon(args []string) error {
-	var path string
+	var path, address string
 	flags := newFlags("daemon")
 	flags.StringVar(&path, "config", "", "")
+	flags.StringVar(&address, "metrics", "", "")
 	if err := parse(flags, args); err != nil {
 		return err
 	}
@@ -43,6 +44,9 @@ func runDaemon(args []string) error {
 		return err
 	}
 	defer h.Close()
+	if err := h.serveMetrics(address); err != nil {
+		return err
+	}
 	h.report()
 	r := hooks.NewRegistry(h.engine, h.members, h.cfg, h.log)
 	if err := r.Reconcile(nil, nil); err != nil {
@@ -50,6 +54,7 @@ func runDaemon(args []string) error {
 	}
 	changed := make(chan struct{})
 	return h.run(r, func(ctx context.Context) error {
+		h.ready()
 		return h.watching(ctx, changed, func(ctx context.Context) error {
 			watch.Reload(ctx, changed, h.log, func() error {
 				c, err := h.reload()

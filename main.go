@@ -4,7 +4,6 @@ package main
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
@@ -20,7 +19,6 @@ import (
 	"github.com/selective-ksm/selective-ksm/config"
 	"github.com/selective-ksm/selective-ksm/engine"
 	"github.com/selective-ksm/selective-ksm/engine/budget"
-	"github.com/selective-ksm/selective-ksm/engine/control"
 	"github.com/selective-ksm/selective-ksm/engine/kernel"
 	"github.com/selective-ksm/selective-ksm/engine/kernel/detect"
 	"github.com/selective-ksm/selective-ksm/engine/kernel/mainline"
@@ -34,8 +32,11 @@ import (
 const usage = `selective-ksm merges the identical memory of containers, inside of partitions only.
 
   selective-ksm plugin [-config FILE] [-name NAME] [-idx NN] [-socket PATH]
-        run as an NRI plugin that connects to the container runtime
-  selective-ksm daemon [-config FILE]
+                       [-metrics [HOST]:PORT] [-remove-on-exit]
+        run as an NRI plugin that connects to the container runtime. -metrics is for
+        Prometheus: without HOST only this machine reaches it. -remove-on-exit unmerges
+        and removes the partitions at the end, which otherwise stay
+  selective-ksm daemon [-config FILE] [-metrics [HOST]:PORT]
         run without NRI, for containers that OCI hooks tell of
   selective-ksm hook createRuntime|poststart|poststop [-config FILE] [-deadline 1s] [-strict]
         be an OCI hook: the state of the container is read from standard input
@@ -47,12 +48,17 @@ const usage = `selective-ksm merges the identical memory of containers, inside o
         check that a container with these annotations would have the hooks
   selective-ksm runtime -- RUNTIME [ARG]...
         make this process mergeable, and so its containers, and become an OCI runtime
+  selective-ksm status [-json] [-watch[=2s]]
+        show what the running engine has, and why what is not merged; it fails where
+        none runs
+  selective-ksm explain POD|CONTAINER
+        say what becomes of a container, and why; names as status has them, or an id
   selective-ksm merge [PARTITION]
         have the running engine merge a partition now, or all
-  selective-ksm status
-        show what the running engine has, as JSON
-  selective-ksm doctor [-config FILE]
-        say what this machine has of what is needed
+  selective-ksm unmerge [PARTITION]
+        have it unmerge a partition, or all, and not merge it until merge asks for it
+  selective-ksm doctor [-config FILE] [-socket PATH]
+        say what this machine has of what is needed, and what to do for the rest
   selective-ksm optin -- COMMAND [ARG]...
         make this process mergeable and become COMMAND
   selective-ksm version
@@ -87,6 +93,10 @@ func main() {
 		err = runPlugin(args[1:])
 	case "merge":
 		err = runMerge(args[1:])
+	case "unmerge":
+		err = runUnmerge(args[1:])
+	case "explain":
+		err = runExplain(args[1:])
 	case "status":
 		err = runStatus(args[1:])
 	case "doctor":
@@ -144,17 +154,20 @@ func parse(flags *flag.FlagSet, args []string) error {
 func complain(err error) { fmt.Fprintf(os.Stderr, "selective-ksm: %v\n", err) }
 
 // runPlugin runs the plugin until a signal ends it, or its runtime. What is merged
-// then stays merged.
+// then stays merged, unless a flag says otherwise.
 func runPlugin(args []string) error {
 	var (
-		path string
-		o    plugin.Options
+		path, address string
+		remove        bool
+		o             plugin.Options
 	)
 	flags := newFlags("plugin")
 	flags.StringVar(&path, "config", "", "")
 	flags.StringVar(&o.Name, "name", "selective-ksm", "")
 	flags.StringVar(&o.Index, "idx", "90", "")
 	flags.StringVar(&o.Socket, "socket", api.DefaultSocketPath, "")
+	flags.StringVar(&address, "metrics", "", "")
+	flags.BoolVar(&remove, "remove-on-exit", false, "")
 	if err := parse(flags, args); err != nil {
 		return err
 	}
@@ -167,13 +180,18 @@ func runPlugin(args []string) error {
 		return err
 	}
 	defer h.Close()
+	h.remove = remove
+	if err := h.serveMetrics(address); err != nil {
+		return err
+	}
 	e, cfg, log := h.engine, h.cfg, h.log
 	if path != "" {
 		o.Config = &cfg
 	}
 	registry := hooks.NewRegistry(e, h.members, cfg, log)
 	o.Log, o.Dir, o.Interface = log, engine.RunDir, interfaceOf(h.kernel)
-	o.Engine = reporting{e, registry, sync.OnceFunc(h.report)}
+	o.Engine = reporting{e, registry, sync.OnceFunc(h.report), sync.OnceFunc(h.ready)}
+	o.Ignored = h.metrics.Ignored
 	o.Apply = func(c config.Config) error {
 		if path == "" && !reflect.DeepEqual(lookFor(c), lookFor(cfg)) {
 			log.Warn("interface, syscalls and mainlinePartition are taken from a file that -config names, not from the runtime")
@@ -205,11 +223,13 @@ type reporting struct {
 	*engine.Engine
 	hooks  *hooks.Registry
 	report func()
+	ready  func()
 }
 
 // Reconcile takes over what the runtime has, and what hooks have told of.
 func (r reporting) Reconcile(created, running []engine.Container) error {
 	r.report()
+	defer r.ready()
 	return r.hooks.Reconcile(created, running)
 }
 
@@ -274,31 +294,6 @@ func tellsDirty(log logrus.FieldLogger) bool {
 		log.WithError(err).Warn("incremental: softDirty is not used, but faults")
 	}
 	return err == nil
-}
-
-// runMerge has the running engine merge.
-func runMerge(args []string) error {
-	flags := newFlags("merge")
-	if err := flags.Parse(args); errors.Is(err, flag.ErrHelp) {
-		return err
-	} else if err != nil || flags.NArg() > 1 {
-		return fmt.Errorf("merge: takes the name of one partition, or nothing: %w", errUsage)
-	}
-	return control.Merge(context.Background(), engine.RunDir, flags.Arg(0))
-}
-
-// runStatus shows what the running engine has.
-func runStatus(args []string) error {
-	if err := parse(newFlags("status"), args); err != nil {
-		return err
-	}
-	all, err := control.Status(context.Background(), engine.RunDir)
-	if err != nil {
-		return err
-	}
-	out := json.NewEncoder(os.Stdout)
-	out.SetIndent("", "  ")
-	return out.Encode(all)
 }
 
 // millis is RFC 3339 to the millisecond: merges are often shorter than a second.

@@ -12,6 +12,7 @@ import (
 	"syscall"
 
 	"github.com/sirupsen/logrus"
+	"golang.org/x/sys/unix"
 
 	"github.com/selective-ksm/selective-ksm/config"
 	"github.com/selective-ksm/selective-ksm/config/watch"
@@ -19,6 +20,8 @@ import (
 	"github.com/selective-ksm/selective-ksm/engine/control"
 	"github.com/selective-ksm/selective-ksm/engine/kernel"
 	"github.com/selective-ksm/selective-ksm/engine/kernel/detect"
+	"github.com/selective-ksm/selective-ksm/engine/metrics"
+	"github.com/selective-ksm/selective-ksm/engine/notify"
 	"github.com/selective-ksm/selective-ksm/hooks"
 	"github.com/selective-ksm/selective-ksm/hooks/member"
 )
@@ -34,6 +37,12 @@ type host struct {
 	server  *control.Server
 	members *member.Dir
 	engine  *engine.Engine
+	metrics *metrics.Metrics
+	serving *metrics.Server // nil if nobody is told of the metrics
+	remove  bool            // all partitions, when a signal ends this process
+	// service is that a service manager may have started this process for the engine. The
+	// one that a hook finds in its environment is somebody else's.
+	service bool
 }
 
 // openHost makes the caller's engine that of the machine, as a file configures it if
@@ -52,6 +61,7 @@ func openHost(path string) (*host, error) {
 		return nil, err
 	}
 	h.path = path
+	h.service = true
 	return h, nil
 }
 
@@ -95,15 +105,54 @@ func lockHost(cfg config.Config, log *logrus.Logger, take func(ctx context.Conte
 	if os.Getenv("GOGC") == "" {
 		debug.SetGCPercent(collect)
 	}
-	return &host{
+	h = &host{
 		cfg: cfg, log: log, kernel: k, detail: detail, lock: lock, server: server, members: members,
 		engine: engine.New(engine.Options{Kernel: k, Owned: config.Owned, Settings: settings(cfg, log), Log: log}),
-	}, nil
+	}
+	h.metrics = metrics.New(h, config.Annotations())
+	return h, nil
+}
+
+// serveMetrics has the engine's metrics served at an address, if it is not empty, once it
+// runs.
+func (h *host) serveMetrics(address string) error {
+	if address == "" {
+		return nil
+	}
+	s, err := metrics.Listen(address, h.metrics)
+	if err != nil {
+		return err
+	}
+	log := h.log.WithField("address", s.Addr().String())
+	if s.Loopback() {
+		log.Info("metrics are served")
+	} else {
+		log.Warn("metrics are served to other machines: what is saved and when tells something of what is in the containers")
+	}
+	h.serving = s
+	return nil
 }
 
 // Close lets the machine have another engine.
 func (h *host) Close() error {
 	return errors.Join(h.kernel.Close(), h.lock.Close())
+}
+
+// Report tells all of the engine.
+func (h *host) Report() control.Report {
+	r := control.Report{Version: currentVersion(), Interface: interfaceOf(h.kernel), Detail: h.detail, Report: h.engine.Report()}
+	var uts unix.Utsname
+	if err := unix.Uname(&uts); err == nil {
+		r.Kernel = unix.ByteSliceToString(uts.Release[:])
+	}
+	return r
+}
+
+// ready says that the engine has all containers, and is told of new ones.
+func (h *host) ready() {
+	if err := notify.Ready(); err != nil {
+		h.log.WithError(err).Warn("the service manager may end this process")
+	}
 }
 
 // report says what the kernel has.
@@ -173,9 +222,13 @@ type registry interface {
 
 // asked is what may be asked for over the control socket.
 type asked struct {
-	*engine.Engine
+	*host
 	registry registry
 }
+
+func (a asked) Merge(partition string) error { return a.engine.Merge(partition) }
+
+func (a asked) Unmerge(partition string) error { return a.engine.Unmerge(partition) }
 
 func (a asked) Sync(ctx context.Context, containerID string) error {
 	return a.registry.Sync(ctx, containerID)
@@ -184,20 +237,43 @@ func (a asked) Sync(ctx context.Context, containerID string) error {
 func (a asked) Yield() bool { return a.registry.Yield() }
 
 // run runs the engine while a function runs, until that returns or a signal ends it.
-// What is merged then stays merged.
+// What is merged then stays merged, unless it is to be removed.
 func (h *host) run(r registry, while func(ctx context.Context) error) error {
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	signalled, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	ctx, cancel := context.WithCancel(ctx)
+	ctx, cancel := context.WithCancel(signalled)
 	var running sync.WaitGroup
 	running.Go(func() { h.engine.Run(ctx) })
 	running.Go(func() { r.Run(ctx) })
 	running.Go(func() {
-		if err := h.server.Serve(ctx, asked{h.engine, r}); err != nil {
+		if err := h.server.Serve(ctx, asked{h, r}); err != nil {
 			h.log.WithError(err).Error("merge, status and hooks do not work")
 		}
 	})
-	defer running.Wait()
-	defer cancel()
-	return while(ctx)
+	if h.serving != nil {
+		running.Go(func() {
+			if err := h.serving.Serve(ctx); err != nil {
+				h.log.WithError(err).Error("metrics are not served any more")
+			}
+		})
+	}
+	if h.service {
+		running.Go(func() {
+			notify.Watchdog(ctx, h.engine.Alive, func(err error) { h.log.WithError(err).Error("watchdog") })
+		})
+	}
+	err := while(ctx)
+	if h.service {
+		if err := notify.Stopping(); err != nil {
+			h.log.WithError(err).Debug("the service manager does not know that this process ends")
+		}
+	}
+	cancel()
+	running.Wait()
+	if h.remove && signalled.Err() != nil {
+		// A second signal ends this, too.
+		stop()
+		err = errors.Join(err, h.engine.RemoveAll(context.Background()))
+	}
+	return err
 }

@@ -46,6 +46,8 @@ type Assignment struct {
 	Partition string
 	// Reason says why there is none.
 	Reason string
+	// Because says what has chosen the one that there is.
+	Because string
 	// Interval is how often it is to be merged. Zero leaves that to the engine.
 	Interval time.Duration
 	// OnDemand has it merged only when somebody asks for it.
@@ -160,8 +162,11 @@ func (c Config) place(s Sandbox, ctr Container, a *Assignment) {
 		scope = ScopePod
 	}
 	unasked, shared := scope, false
+	byConfiguration := fmt.Sprintf("partitionBy of the configuration is %s", c.PartitionBy)
+	a.Because = byConfiguration
 	a.read(ctr, AnnotationPartition, "it is merged with itself alone", func(value string) (wrong string) {
 		name, isGroup := strings.CutPrefix(value, "group:")
+		a.Because = fmt.Sprintf("%s is %q", AnnotationPartition, value)
 		switch {
 		case isGroup && groupName.MatchString(name):
 			scope, group = ScopeGroup, name
@@ -170,13 +175,14 @@ func (c Config) place(s Sandbox, ctr Container, a *Assignment) {
 			scope = Scope(value)
 		default:
 			scope = ScopeContainer
+			a.Because = AnnotationPartition + " is not known"
 			return "write container, pod, namespace or group:NAME"
 		}
 		return ""
 	})
 	if !shared && slices.Index(widths, scope) > slices.Index(widths, c.PartitionBy) {
 		a.ignore(ctr, AnnotationPartition, fmt.Sprintf("the configuration has partitionBy: %s, which may not be widened: that holds", c.PartitionBy))
-		scope = unasked
+		scope, a.Because = unasked, byConfiguration
 	}
 	switch scope {
 	case ScopeContainer:
@@ -188,6 +194,7 @@ func (c Config) place(s Sandbox, ctr Container, a *Assignment) {
 		case s.Namespace == "":
 			a.Reason = "the runtime gave no namespace of its pod"
 		case shared:
+			a.Because += ", and sharedGroups of the configuration has its namespace"
 			a.Partition = "sksm-grp-" + hashed("shared group", group)
 		case scope == ScopeGroup:
 			a.Partition = "sksm-grp-" + hashed("group", s.Namespace, group)

@@ -101,7 +101,9 @@ func TestPartition(t *testing.T) {
 				ignored[i].Value = ignored[i].Value[:min(len(ignored[i].Value), shownValue)]
 			}
 			want := Assignment{Partition: tc.want, Ignored: ignored}
-			if got := c.Assign(s, ctr); !reflect.DeepEqual(got, want) {
+			got := c.Assign(s, ctr)
+			got.Because = "" // see TestBecause
+			if !reflect.DeepEqual(got, want) {
 				t.Errorf("got  %+v\nwant %+v", got, want)
 			}
 			if !Owned(tc.want) || len(tc.want) > maxName {
@@ -112,7 +114,9 @@ func TestPartition(t *testing.T) {
 	t.Run("an empty value", func(t *testing.T) {
 		c := Default()
 		s, _ := inShop()
-		want := Assignment{Partition: ofContainer, Ignored: []Ignored{{AnnotationPartition, "", bad}}}
+		want := Assignment{
+			Partition: ofContainer, Because: AnnotationPartition + " is not known", Ignored: []Ignored{{AnnotationPartition, "", bad}},
+		}
 		if got := c.Assign(s, asking(AnnotationPartition, "")); !reflect.DeepEqual(got, want) {
 			t.Errorf("got  %+v\nwant %+v", got, want)
 		}
@@ -277,8 +281,38 @@ func TestAskedFor(t *testing.T) {
 			if want.Reason != "" {
 				want.Secrets = tc.secrets
 			}
-			if got := c.Assign(s, tc.container); !reflect.DeepEqual(got, want) {
+			got := c.Assign(s, tc.container)
+			got.Because = "" // see TestBecause
+			if !reflect.DeepEqual(got, want) {
 				t.Errorf("got  %+v\nwant %+v", got, want)
+			}
+		})
+	}
+}
+
+// People are told what has chosen a partition.
+func TestBecause(t *testing.T) {
+	for name, tc := range map[string]struct {
+		by    Scope
+		asked string // of the partition's annotation, if anything
+		want  string
+	}{
+		"the configuration":    {ScopePod, "", "partitionBy of the configuration is pod"},
+		"an annotation":        {ScopeNamespace, "container", `partition.selective-ksm.dev is "container"`},
+		"one that is too wide": {ScopePod, "namespace", "partitionBy of the configuration is pod"},
+		"one that is wrong":    {ScopePod, "nmaespace", "partition.selective-ksm.dev is not known"},
+		"a shared group": {ScopePod, "group:web",
+			`partition.selective-ksm.dev is "group:web", and sharedGroups of the configuration has its namespace`},
+	} {
+		t.Run(name, func(t *testing.T) {
+			c := Default()
+			c.PartitionBy, c.SharedGroups = tc.by, map[string][]string{"web": {"shop"}}
+			s, ctr := inShop()
+			if tc.asked != "" {
+				ctr = asking(AnnotationPartition, tc.asked)
+			}
+			if a := c.Assign(s, ctr); a.Because != tc.want {
+				t.Errorf("because %q, want %q", a.Because, tc.want)
 			}
 		})
 	}

@@ -85,7 +85,7 @@ func BenchmarkRound(b *testing.B) {
 		p.merge(b.Context())
 		for _, m := range p.running(true) {
 			if len(m.seen) != 1 {
-				b.Fatalf("%s was not merged: %v", m.ID, m.reason)
+				b.Fatalf("%s was not merged: %v", m.ID, m.reason.text)
 			}
 		}
 	}

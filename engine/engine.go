@@ -54,6 +54,17 @@ type Container struct {
 	OnDemand bool
 	// Secrets offers memory that its programs have marked as secret.
 	Secrets bool
+	// Because says for people why it is in that partition, or in none. Cause is the kind
+	// of that reason for one in none, [CausePolicy] if it is empty. Neither decides
+	// anything.
+	Because string
+	Cause   Cause
+}
+
+// same reports whether two are to be merged in the same way.
+func (c Container) same(other Container) bool {
+	c.Because, c.Cause = other.Because, other.Cause
+	return c == other
 }
 
 // Pressure is whose scarcity of memory brings merges forward.
@@ -118,7 +129,8 @@ type Engine struct {
 	jitter   func(time.Duration) time.Duration
 	budget   *budget.Budget
 	workers  sync.WaitGroup
-	untold   sync.Once // that pods have no pressure stall information
+	untold   sync.Once     // that pods have no pressure stall information
+	beat     chan struct{} // is received from by the sweep, whenever it has nothing to do
 
 	// mu protects what follows, and what partition and member say it does. It is
 	// never held over a call to the kernel.
@@ -132,6 +144,7 @@ type Engine struct {
 	relieved time.Time
 	// unwatched is why the machine's pressure is not watched.
 	unwatched error
+	did       Work // but for its CPU, which the budget knows
 }
 
 // member is a container in its partition.
@@ -151,14 +164,14 @@ type member struct {
 	// Protected by Engine.mu.
 	started time.Time // zero before
 	watched bool      // its pod's pressure
-	reason  string    // why it is not merged, or not all of it
+	reason  reason    // why it is not merged, or not all of it
 	// failures is how often that was so.
 	failures int
 	result   Result // of the last merge
 
 	// For the worker.
 	unmerge bool // first, as its memory may be in a partition of an engine before
-	warned  map[string]bool
+	warned  told
 	seen    map[int]look // processes, as they were when they were last merged
 
 	// For the sweep.
@@ -179,6 +192,7 @@ func New(o Options) *Engine {
 		members:    map[string]*member{},
 		outside:    map[string]Container{},
 		settings:   o.Settings,
+		beat:       make(chan struct{}),
 	}
 }
 
@@ -256,6 +270,7 @@ func (e *Engine) Add(ctx context.Context, c Container) error {
 	}
 	if !errors.Is(p.refused, kernel.ErrKeptOut) {
 		e.stop(c.ID)
+		c.Because, c.Cause = p.refused.Error(), causeOf(p.refused)
 		e.outside[c.ID] = c
 	}
 	return fmt.Errorf("container %s: %w", c.ID, p.refused)
@@ -301,8 +316,8 @@ func (e *Engine) StopSandbox(sandboxID string) {
 
 // Merge merges a partition as soon as the budget allows, and all of it, whether it
 // has changed or not, with those of its members that are merged on demand; the empty
-// name is that of all. It does not wait for that. It returns [kernel.ErrNoPartition]
-// where the engine has none of that name.
+// name is that of all. What [Engine.Unmerge] holds it lets go. It does not wait for the
+// merge. It returns [kernel.ErrNoPartition] where the engine has none of that name.
 func (e *Engine) Merge(name string) error {
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -311,8 +326,10 @@ func (e *Engine) Merge(name string) error {
 	}
 	for _, p := range e.partitions {
 		if name == "" || name == p.name {
+			p.hold = HoldNot
 			p.full = true
 			p.bringForward()
+			p.poke()
 		}
 	}
 	return nil
@@ -417,7 +434,8 @@ func (e *Engine) join(c Container) *partition {
 	delete(e.outside, c.ID)
 	var before chan struct{}
 	if m := e.members[c.ID]; m != nil {
-		if m.Container == c {
+		if m.same(c) {
+			m.Because, m.Cause = c.Because, c.Cause
 			return m.partition
 		}
 		before = m.left
@@ -439,7 +457,7 @@ func (e *Engine) join(c Container) *partition {
 		added:     time.Now(),
 		before:    before,
 		left:      make(chan struct{}),
-		warned:    map[string]bool{},
+		warned:    told{},
 		seen:      map[int]look{},
 	}
 	m.ctx, m.leave = context.WithCancel(context.Background())
@@ -500,10 +518,12 @@ func (e *Engine) partition(name string) *partition {
 			name:   name,
 			log:    e.log.WithField("partition", name),
 			// An engine before this one may have left it so.
-			mixed:   e.features.OneSpace,
-			wake:    make(chan struct{}, 1),
-			tried:   make(chan struct{}),
-			members: map[string]*member{},
+			mixed:     e.features.OneSpace,
+			wake:      make(chan struct{}, 1),
+			tried:     make(chan struct{}),
+			members:   map[string]*member{},
+			said:      told{},
+			interrupt: func() {},
 		}
 		e.partitions[name] = p
 		e.work(p)

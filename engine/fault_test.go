@@ -169,9 +169,16 @@ func troubled(t *testing.T, f kernel.Features, trouble func(b *bench, called str
 			}
 			b.Start(c.ID)
 		}
-		time.Sleep(15 * time.Minute)
+		time.Sleep(10 * time.Minute)
+		if err := b.Engine.Unmerge(""); err != nil {
+			t.Error(err)
+		}
+		time.Sleep(5 * time.Minute)
 		took()
 		b.failWith(watched(well))
+		if err := b.Engine.Merge(""); err != nil {
+			t.Error(err)
+		}
 		if err := b.Reconcile(nil, all); err != nil {
 			t.Error(err)
 		}

@@ -66,14 +66,21 @@ type pass struct {
 // when the partition turns out to be gone or spoilt.
 func (p *partition) merge(ctx context.Context) {
 	e := p.engine
+	began := time.Now()
 	e.mu.Lock()
-	now := time.Now()
+	now := began
 	due := len(p.due)
 	p.due = slices.DeleteFunc(p.due, func(t time.Time) bool { return !t.After(now) })
 	// What is due besides the interval is so because something has changed.
 	demanded := p.full
 	full := demanded || len(p.due) < due || p.passes%fullEvery == 0
 	p.full = false
+	if p.hold != HoldNot {
+		e.mu.Unlock()
+		return
+	}
+	ctx, p.interrupt = context.WithCancel(ctx)
+	defer p.interrupt()
 	members := p.running(demanded)
 	var failures []int
 	for _, m := range members {
@@ -121,7 +128,7 @@ func (p *partition) merge(ctx context.Context) {
 		one.member.seen = one.seen
 	}
 	done = !waiting
-	p.plan(passes)
+	p.plan(passes, began)
 }
 
 // settle has a kernel with one merge space merge what was offered, and reports whether
@@ -148,6 +155,7 @@ func (p *partition) settle(ctx context.Context, members []*member) bool {
 	case errors.Is(err, kernel.ErrNoPartition):
 		p.vanished(err)
 	default:
+		p.count(err)
 		p.putOff()
 		for _, m := range members {
 			p.engine.warn(m, "container is not merged", err)
@@ -165,7 +173,9 @@ func (p *partition) putOff() {
 
 func (p *partition) vanished(err error) {
 	p.exists = false
-	p.log.WithError(err).Warn("partition was removed by somebody else: adding it again")
+	if msg := "partition was removed by somebody else: adding it again"; p.said.again(msg) {
+		p.log.WithError(err).Warn(msg)
+	}
 }
 
 // run merges the processes of one container, until it leaves.
@@ -197,6 +207,7 @@ func (s *pass) run(ctx context.Context) {
 		p.engine.gone(m)
 		return
 	} else if err != nil {
+		p.count(err)
 		p.engine.warn(m, "container is not merged: its processes were not found", err)
 		return
 	}
@@ -347,6 +358,7 @@ func (s *pass) failed(err error) {
 	case errors.Is(err, kernel.ErrNoPartition):
 		s.partition.vanished(err)
 	default:
+		s.partition.count(err)
 		s.partition.engine.warn(s.member, "container is not merged", err)
 	}
 }
@@ -424,7 +436,7 @@ func (p *partition) releaseOne(ctx context.Context, m *member) error {
 // plan says when the next merge is, by what this one came to, and logs that for each
 // member that took part, if it has changed. What the partition saves is divided among those by what they
 // have merged in it, and each page that several share is one member's only in part.
-func (p *partition) plan(passes []*pass) {
+func (p *partition) plan(passes []*pass, began time.Time) {
 	e := p.engine
 	var results []Result
 	var all uint64
@@ -450,7 +462,10 @@ func (p *partition) plan(passes []*pass) {
 	if changed && !e.features.SharedCounters {
 		counters, err := e.kernel.Counters(p.name)
 		if err != nil {
-			p.log.WithError(err).Warn("savings are not known")
+			p.count(err)
+			if msg := "savings are not known"; p.said.again(msg) {
+				p.log.WithError(err).Warn(msg)
+			}
 		} else if pages := counters.Shared + counters.Sharing; pages > 0 {
 			for i := range results {
 				results[i].Saved = uint64(float64(results[i].Merged) * float64(counters.Sharing) / float64(pages))
@@ -467,11 +482,14 @@ func (p *partition) plan(passes []*pass) {
 		p.poor++
 	}
 	p.expected = (p.expected + float64(yield)) / 2
-	p.next = time.Now().Add(p.pause())
+	p.last = time.Now()
+	p.next = p.last.Add(p.pause())
+	p.did.Merges.add(p.last.Sub(began))
+	e.did.Merges.add(p.last.Sub(began))
 	for i, s := range passes {
 		s.member.result = results[i]
 		if s.member.failures == s.failures && results[i].Processes > 0 {
-			s.member.reason = ""
+			s.member.reason = reason{}
 		}
 	}
 	e.mu.Unlock()
@@ -499,17 +517,16 @@ func (p *partition) plan(passes []*pass) {
 	}
 }
 
-// warn logs a kind of failure of a container the first time that it happens, and
-// keeps it as the reason that the container is not merged.
+// warn keeps a failure as the reason that a container is not merged, and logs it the
+// first time that it happens, and then no more often than [repeated].
 func (e *Engine) warn(m *member, msg string, err error) {
 	e.mu.Lock()
-	m.reason = err.Error()
+	m.reason = reasonOf(err)
 	m.failures++
-	first := !m.warned[msg]
-	m.warned[msg] = true
+	failures, log := m.failures, m.warned.again(msg)
 	e.mu.Unlock()
-	if first {
-		m.log.WithError(err).Warn(msg)
+	if log {
+		m.log.WithError(err).WithField("failures", failures).Warn(msg)
 	}
 }
 

@@ -46,6 +46,12 @@ type partition struct {
 	expected float64     // bytes that the next merge is likely to save
 	relieved time.Time   // when it was last brought forward for its pod
 	refused  error       // the kernel's answer to the last request for the partition
+	hold     Hold
+	last     time.Time     // when a merge last came to its end
+	retry    time.Duration // how long it is until a failure is tried again
+	did      Work          // but for its CPU, which the budget knows
+	// interrupt ends a merge that is under way, which then begins anew if it is due.
+	interrupt context.CancelFunc
 
 	// The worker's own.
 	exists bool
@@ -53,7 +59,7 @@ type partition struct {
 	mixed  bool // its members may have been merged with all that is mergeable
 	told   bool // that others share its merge space
 	parked bool // it stays for now, as its removal would unmerge others
-	retry  time.Duration
+	said   told
 	passes int
 	merged uint64 // bytes that its members had merged after the last merge
 }
@@ -69,7 +75,7 @@ func (p *partition) poke() {
 // bringForward makes a merge due at once, if there is anything to merge. Engine.mu is
 // held.
 func (p *partition) bringForward() {
-	if len(p.running(p.full)) == 0 {
+	if p.hold != HoldNot || len(p.running(p.full)) == 0 {
 		return
 	}
 	p.mergeAt(time.Now())
@@ -166,7 +172,10 @@ func (p *partition) step(ctx context.Context) (wait time.Duration, done bool) {
 		}
 		p.exists = true
 	}
-	p.retry, p.parked = 0, false
+	if err := p.unmerge(ctx); err != nil {
+		return p.failed("containers are not unmerged yet", err), false
+	}
+	p.recovered()
 	if wait := p.untilDue(); wait > 0 {
 		return wait, false
 	}
@@ -328,24 +337,36 @@ func (p *partition) answer(err error) {
 	}
 }
 
-// failed logs the first of a row of failures and returns how long to wait.
+// failed counts a failure, logs it if that was not done lately, and returns how long to
+// wait.
 func (p *partition) failed(msg string, err error) time.Duration {
-	if p.retry == 0 {
+	p.count(err)
+	if p.said.again(msg) {
 		p.log.WithError(err).Warn(msg)
 	}
 	return p.backoff()
 }
 
 func (p *partition) backoff() time.Duration {
+	p.engine.mu.Lock()
+	defer p.engine.mu.Unlock()
 	p.retry = min(max(2*p.retry, minRetry), maxRetry)
 	return p.retry
+}
+
+// recovered ends a row of failures.
+func (p *partition) recovered() {
+	p.parked = false
+	p.engine.mu.Lock()
+	defer p.engine.mu.Unlock()
+	p.retry = 0
 }
 
 // untilDue is how long it is until the next merge.
 func (p *partition) untilDue() time.Duration {
 	p.engine.mu.Lock()
 	defer p.engine.mu.Unlock()
-	if len(p.running(p.full)) == 0 {
+	if p.hold != HoldNot || len(p.running(p.full)) == 0 {
 		return never
 	}
 	wait := time.Until(p.next)

@@ -21,9 +21,10 @@ func (p *partition) alone(ctx context.Context) bool {
 	case ctx.Err() != nil:
 		return false
 	case err != nil:
+		p.count(err)
 		err = fmt.Errorf("processes that share the merge space were not found: %w", err)
 	case len(intruders) > 0:
-		err = fmt.Errorf("processes %d of other containers have made themselves mergeable, and this kernel has one merge space", intruders)
+		err = fmt.Errorf("processes %d of other containers have made themselves mergeable, and %w", intruders, errShared)
 		p.spoilt = p.mixed
 	}
 	if err != nil {

@@ -2,8 +2,11 @@ package engine
 
 import (
 	"cmp"
+	"maps"
 	"slices"
 	"time"
+
+	"github.com/selective-ksm/selective-ksm/engine/kernel"
 )
 
 // Result is what the last merge of a container came to. Sizes are in bytes.
@@ -31,8 +34,10 @@ type ContainerStatus struct {
 	Container
 	// Running is that it has been started.
 	Running bool
-	// Reason is why it is not merged, or not all of it. It is empty if it is.
+	// Reason is why it is not merged, or not all of it, and Cause is the kind of that.
+	// Both are empty if it is, or will be.
 	Reason string
+	Cause  Cause
 	// Result is of the last merge.
 	Result Result
 }
@@ -42,8 +47,24 @@ type PartitionStatus struct {
 	Name string
 	// Reason is why the kernel has it not. It is empty if it has.
 	Reason string
-	// Next is when it is merged by the interval; zero if no container runs that is.
+	// Hold is that somebody has had it unmerged.
+	Hold Hold
+	// Last is when a merge of it last came to its end; zero before the first.
+	Last time.Time
+	// Next is when it is merged by the interval; zero if no container runs that is, or
+	// while it is held.
 	Next time.Time
+	// Due are other times at which it is merged, in their order.
+	Due []time.Time
+	// Retry is how long it is not tried again after a failure; 0 if there was none.
+	Retry time.Duration
+	// Waiting is that it waits for a turn of the budget.
+	Waiting bool
+	// Work is what has been done for it.
+	Work Work
+	// Counters are the kernel's, where it counts by partition. They are nil where it does
+	// not, or cannot be asked; and in what [Engine.Status] returns.
+	Counters *kernel.Counters
 	// Containers are its members, in the order of their ids.
 	Containers []ContainerStatus
 }
@@ -54,15 +75,25 @@ func (e *Engine) Status() []PartitionStatus {
 	defer e.mu.Unlock()
 	all := []PartitionStatus{}
 	for _, p := range e.partitions {
-		s := PartitionStatus{Name: p.name}
-		if len(p.running(false)) > 0 {
-			s.Next = p.next
+		usage := e.budget.Usage(p.name)
+		s := PartitionStatus{
+			Name: p.name, Hold: p.hold, Last: p.last, Retry: p.retry, Waiting: usage.Waiting > 0, Work: p.did.copy(usage.CPU),
+		}
+		if len(p.running(false)) > 0 && p.hold == HoldNot {
+			s.Next, s.Due = p.next, slices.SortedFunc(slices.Values(p.due), time.Time.Compare)
 		}
 		if p.refused != nil {
 			s.Reason = p.refused.Error()
 		}
 		for _, m := range p.members {
-			c := ContainerStatus{Container: m.Container, Running: !m.started.IsZero(), Reason: m.reason, Result: m.result}
+			why := m.reason
+			switch {
+			case p.hold != HoldNot:
+				why = heldReason
+			case p.refused != nil:
+				why = reasonOf(p.refused)
+			}
+			c := ContainerStatus{Container: m.Container, Running: !m.started.IsZero(), Reason: why.text, Cause: why.cause, Result: m.result}
 			s.Containers = append(s.Containers, c)
 		}
 		slices.SortFunc(s.Containers, func(a, b ContainerStatus) int { return cmp.Compare(a.ID, b.ID) })
@@ -70,4 +101,53 @@ func (e *Engine) Status() []PartitionStatus {
 	}
 	slices.SortFunc(all, func(a, b PartitionStatus) int { return cmp.Compare(a.Name, b.Name) })
 	return all
+}
+
+// Report is what an engine has, and what it has done.
+type Report struct {
+	// At is when it was made.
+	At time.Time
+	// Settings are the engine's.
+	Settings Settings
+	// OptsIn is that the engine makes the memory of containers mergeable itself.
+	OptsIn bool
+	// Partitions are all that there are, in the order of their names.
+	Partitions []PartitionStatus
+	// Outside are the containers that are in no partition, in the order of their ids, with
+	// the reason.
+	Outside []ContainerStatus
+	// Work is what has been done for all partitions, for those that are gone, too.
+	Work Work
+	// Waiting and Running are how many turns of the budget are waited for and under way.
+	Waiting, Running int
+	// Machine are the kernel's counters where it counts all partitions together.
+	Machine *kernel.Counters
+}
+
+// Report tells of all that the engine has. Unlike [Engine.Status] it asks the kernel for
+// its counters.
+func (e *Engine) Report() Report {
+	usage := e.budget.Usage("")
+	r := Report{At: time.Now(), Partitions: e.Status(), Outside: []ContainerStatus{}, Waiting: usage.Waiting, Running: usage.Running}
+	e.mu.Lock()
+	r.Settings, r.OptsIn = e.settings, e.features.Bind && !e.settings.OptedIn
+	r.Work = e.did.copy(usage.CPU)
+	for _, id := range slices.Sorted(maps.Keys(e.outside)) {
+		c := e.outside[id]
+		r.Outside = append(r.Outside, ContainerStatus{Container: c, Reason: c.Because, Cause: cmp.Or(c.Cause, CausePolicy)})
+	}
+	e.mu.Unlock()
+	for i := range r.Partitions {
+		p := &r.Partitions[i]
+		counters, err := e.kernel.Counters(p.Name)
+		switch {
+		case err != nil:
+			// It is not there yet, or not any more.
+		case e.features.SharedCounters:
+			r.Machine = &counters
+		default:
+			p.Counters = &counters
+		}
+	}
+	return r
 }

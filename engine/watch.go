@@ -62,7 +62,7 @@ func (e *Engine) watchMember(ctx context.Context, m *member) {
 			return
 		}
 		e.mu.Lock()
-		m.reason = "its processes cannot be watched: " + err.Error()
+		m.reason = reason{CauseError, "its processes cannot be watched: " + err.Error()}
 		e.mu.Unlock()
 		m.log.WithError(err).Debug("processes of the container cannot be watched: trying again")
 		select {
@@ -91,6 +91,8 @@ func (e *Engine) sweep(ctx context.Context) {
 	for {
 		select {
 		case <-tick.C:
+		case <-e.beat:
+			continue
 		case <-ctx.Done():
 			return
 		}
@@ -112,6 +114,21 @@ func (e *Engine) sweep(ctx context.Context) {
 			}
 		}
 	}
+}
+
+// Alive returns nil when the engine runs and has not got stuck, or the error of ctx if it
+// has not shown that until then. Workers that wait for the kernel, or for their turn, are
+// not stuck.
+func (e *Engine) Alive(ctx context.Context) error {
+	select {
+	case e.beat <- struct{}{}:
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	// The sweep takes it too, but not before it has something to do.
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return nil
 }
 
 // notForNode is logged with the reason.

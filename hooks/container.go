@@ -110,7 +110,7 @@ func assign(policy config.Config, c engine.Container, f *member.Facts) (engine.C
 	if a.Partition == "" {
 		return c, leftOut(a.Reason)
 	}
-	c.Partition, c.Interval, c.OnDemand, c.Secrets = a.Partition, a.Interval, a.OnDemand, a.Secrets
+	c.Partition, c.Interval, c.OnDemand, c.Secrets, c.Because = a.Partition, a.Interval, a.OnDemand, a.Secrets, a.Because
 	return c, nil
 }
 

@@ -1,6 +1,7 @@
 package plugin
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -136,7 +137,10 @@ func (p *plugin) create(ctx context.Context, s *subject, ctr *api.Container) (ad
 		adjustment, err = p.wrap(ctr)
 	}
 	if err != nil {
-		c.Partition = ""
+		c.Partition, c.Because = "", err.Error()
+		if !errors.As(err, new(leftOut)) {
+			c.Cause = engine.CauseOptIn
+		}
 	}
 	ctx, cancel := context.WithTimeout(ctx, addTimeout)
 	defer cancel()
@@ -201,6 +205,10 @@ func (p *plugin) assign(s *subject) (engine.Container, error) {
 		p.doesNotCount(s, i)
 	}
 	c := s.engine
+	c.Because = cmp.Or(a.Reason, a.Because)
+	for _, i := range a.Ignored {
+		c.Because += fmt.Sprintf("; %s: %q does not count: %s", i.Annotation, i.Value, i.Why)
+	}
 	if a.Partition == "" {
 		return c, leftOut(a.Reason)
 	}
@@ -217,6 +225,9 @@ func (p *plugin) doesNotCount(s *subject, i config.Ignored) {
 	}
 	p.ignored[id] = append(p.ignored[id], i)
 	p.ignoredCount++
+	if p.Ignored != nil {
+		p.Ignored(i.Annotation)
+	}
 	p.Log.WithFields(logrus.Fields{
 		"pod": s.engine.Pod, "namespace": s.engine.Namespace, "container": s.engine.Name,
 		"annotation": i.Annotation, "value": i.Value, "count": p.ignoredCount,

@@ -72,6 +72,9 @@ type Options struct {
 	Engine Engine
 	// Interface is how the engine asks the kernel, for the annotations of containers.
 	Interface string
+	// Ignored, if it is not nil, is called with each annotation whose value does not
+	// count, when that is logged.
+	Ignored func(annotation string)
 	// Log gets one line for each container that is not merged, with the reason, for each
 	// annotation that does not count, and for each reload; and for debugging one for each
 	// event, with the time that it took to answer it.

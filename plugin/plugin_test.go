@@ -33,6 +33,7 @@ type recorder struct {
 	// optsIn is that the engine needs no wrapper.
 	optsIn bool
 	last   []engine.Container // of Reconcile
+	added  engine.Container   // of Add
 }
 
 func (r *recorder) record(format string, args ...any) {
@@ -53,6 +54,9 @@ func (r *recorder) Add(ctx context.Context, c engine.Container) error {
 	if _, ok := ctx.Deadline(); !ok {
 		r.record("no deadline")
 	}
+	r.mu.Lock()
+	r.added = c
+	r.mu.Unlock()
 	if c.Partition == "" {
 		r.record("leave out %s", c.ID)
 		return nil
@@ -288,6 +292,7 @@ func TestOverTheProtocol(t *testing.T) {
 	expect(t, e, "reconcile [made] [run,not lost]")
 	want := engine.Container{
 		ID: "run", Name: "name-run", Pod: "web", Namespace: "shop", SandboxID: podID, CgroupsPath: "/k8s.io/run", Partition: podOf,
+		Because: "partitionBy of the configuration is pod",
 	}
 	if e.last[0] != want {
 		t.Errorf("container is %+v, want %+v", e.last[0], want)

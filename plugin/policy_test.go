@@ -14,6 +14,7 @@ import (
 	logtest "github.com/sirupsen/logrus/hooks/test"
 
 	"github.com/selective-ksm/selective-ksm/config"
+	"github.com/selective-ksm/selective-ksm/engine"
 )
 
 func TestDescribe(t *testing.T) {
@@ -146,7 +147,8 @@ func TestOutcome(t *testing.T) {
 func TestBadAnnotations(t *testing.T) {
 	log, hook := logtest.NewNullLogger()
 	e := &recorder{optsIn: true}
-	p := newPlugin(Options{Engine: e, Log: log})
+	var counted []string
+	p := newPlugin(Options{Engine: e, Log: log, Ignored: func(annotation string) { counted = append(counted, annotation) }})
 	p.use(configuration(t), "")
 	pod := pod()
 	pod.Annotations = map[string]string{config.AnnotationInterval: "often", config.AnnotationPartition + "/container.name-c2": "namespace"}
@@ -172,12 +174,43 @@ func TestBadAnnotations(t *testing.T) {
 	if want := []string{"interval.selective-ksm.dev often 1", "partition.selective-ksm.dev namespace 2"}; !slices.Equal(told, want) {
 		t.Errorf("told %q, want %q", told, want)
 	}
+	if want := []string{config.AnnotationInterval, config.AnnotationPartition}; !slices.Equal(counted, want) {
+		t.Errorf("counted %q, want %q", counted, want)
+	}
+	if want := `partitionBy of the configuration is pod; interval.selective-ksm.dev: "often" does not count: `; !strings.HasPrefix(e.last[0].Because, want) {
+		t.Errorf("because %q, want %q", e.last[0].Because, want)
+	}
 	if e.last[1].Partition != podOf || e.last[1].Interval != 0 {
 		t.Errorf("got %+v", e.last[1])
 	}
 	// Nothing is kept of pods that are gone.
 	if err := p.RemovePodSandbox(t.Context(), pod); err != nil || len(p.ignored) != 0 || len(p.subjects) != 0 {
 		t.Errorf("kept %v, %v, %v", p.ignored, p.subjects, err)
+	}
+}
+
+// The engine is told why a container is in no partition.
+func TestLeftOutBecause(t *testing.T) {
+	log, _ := logtest.NewNullLogger()
+	e := &recorder{}
+	p := newPlugin(Options{Engine: e, Log: log})
+	p.use(config.Default(), "/nowhere")
+	off := pod()
+	off.Annotations = map[string]string{config.AnnotationMerge: "off"}
+	for _, tc := range []struct {
+		pod     *api.PodSandbox
+		because string
+		cause   engine.Cause
+	}{
+		{off, `merge.selective-ksm.dev is "off"`, ""},
+		{pod(), "wrapper: stat /nowhere: no such file or directory", engine.CauseOptIn},
+	} {
+		if _, _, err := p.CreateContainer(t.Context(), tc.pod, ctr("c1", 0, "sh")); err != nil {
+			t.Fatal(err)
+		}
+		if got := e.added; got.Partition != "" || got.Because != tc.because || got.Cause != tc.cause {
+			t.Errorf("got %+v, want %q %q", got, tc.because, tc.cause)
+		}
 	}
 }
 

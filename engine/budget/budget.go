@@ -82,6 +82,32 @@ func (b *Budget) Do(ctx context.Context, partition string, work func() (elsewher
 	return err
 }
 
+// Usage is what was spent so far, ever, and how many turns are waited for and under way.
+type Usage struct {
+	CPU              time.Duration
+	Waiting, Running int
+}
+
+// Usage is that of a partition, or with the empty name that of all, also those that are
+// forgotten. How many turns run is told of all together only.
+func (b *Budget) Usage(partition string) Usage {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if partition == "" {
+		return Usage{CPU: b.total.ever, Waiting: len(b.waiting), Running: b.running}
+	}
+	var u Usage
+	if w := b.partitions[partition]; w != nil {
+		u.CPU = w.ever
+	}
+	for _, t := range b.waiting {
+		if t.partition == partition {
+			u.Waiting++
+		}
+	}
+	return u
+}
+
 // Forget gives up what is known of a partition that is gone.
 func (b *Budget) Forget(partition string) {
 	b.mu.Lock()
@@ -191,7 +217,8 @@ func (l Limits) share(of float64) time.Duration {
 
 // window is what was spent in the last time of one length.
 type window struct {
-	spends []spend // oldest first
+	spends []spend       // oldest first
+	ever   time.Duration // that and all before
 }
 
 // spend is CPU time that was spent up to a time.
@@ -211,6 +238,7 @@ func (s spend) end(length, limit time.Duration) time.Time {
 }
 
 func (w *window) spend(now time.Time, cpu, length, limit time.Duration) {
+	w.ever += cpu
 	w.spends = slices.DeleteFunc(w.spends, func(s spend) bool { return !now.Before(s.end(length, limit)) })
 	if last := len(w.spends) - 1; last >= 0 && !now.After(w.spends[last].at) {
 		w.spends[last].cpu += cpu

@@ -270,3 +270,27 @@ func TestThreadTime(t *testing.T) {
 		t.Errorf("%v counted for %v of its own and 5ms elsewhere, %v", spent, own, err)
 	}
 }
+
+// What was spent and is waited for is told, and what was spent counts on for all when a
+// partition is forgotten.
+func TestUsage(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := idleThread(Limits{})
+		for _, partition := range []string{"a", "b", "b"} {
+			go do(t, b, partition, time.Second)
+			synctest.Wait()
+		}
+		for partition, want := range map[string]Usage{"": {0, 2, 1}, "a": {}, "b": {Waiting: 2}, "c": {}} {
+			if got := b.Usage(partition); got != want {
+				t.Errorf("of %q is %+v, want %+v", partition, got, want)
+			}
+		}
+		time.Sleep(5 * time.Second)
+		b.Forget("a")
+		for partition, want := range map[string]Usage{"": {CPU: 3 * time.Second}, "a": {}, "b": {CPU: 2 * time.Second}} {
+			if got := b.Usage(partition); got != want {
+				t.Errorf("in the end %q is %+v, want %+v", partition, got, want)
+			}
+		}
+	})
+}

@@ -33,12 +33,21 @@ var ErrNoEngine = errors.New("no engine runs on this machine")
 // Engine is what can be asked for.
 type Engine interface {
 	Merge(partition string) error
-	Status() []engine.PartitionStatus
+	Unmerge(partition string) error
+	Report() Report
 	// Sync looks at what OCI hooks have written down of a container. An error that
 	// matches [ErrNoEngine] is that the engine is ending.
 	Sync(ctx context.Context, containerID string) error
 	// Yield ends the engine for another one, and reports whether it does that.
 	Yield() bool
+}
+
+// Report is what an engine tells of itself.
+type Report struct {
+	// Version is the program's, Kernel is the release of the kernel that runs, Interface is
+	// how that is asked, and Detail what of it is used.
+	Version, Kernel, Interface, Detail string
+	engine.Report
 }
 
 // request is one line in JSON; so is the reply.
@@ -49,17 +58,18 @@ type request struct {
 }
 
 type reply struct {
-	Error      string                   `json:"error,omitempty"`
-	Ending     bool                     `json:"ending,omitempty"`
-	Yields     bool                     `json:"yields,omitempty"`
-	Partitions []engine.PartitionStatus `json:"partitions"`
+	Error  string  `json:"error,omitempty"`
+	Ending bool    `json:"ending,omitempty"`
+	Yields bool    `json:"yields,omitempty"`
+	Report *Report `json:"report,omitempty"`
 }
 
 const (
-	commandMerge  = "merge"
-	commandStatus = "status"
-	commandSync   = "sync"
-	commandYield  = "yield"
+	commandMerge   = "merge"
+	commandUnmerge = "unmerge"
+	commandReport  = "report"
+	commandSync    = "sync"
+	commandYield   = "yield"
 )
 
 // Server is a socket that is listened at.
@@ -131,8 +141,13 @@ func answer(ctx context.Context, conn *net.UnixConn, e Engine) error {
 		if err := e.Merge(q.Partition); err != nil {
 			r.Error = err.Error()
 		}
-	case commandStatus:
-		r.Partitions = e.Status()
+	case commandUnmerge:
+		if err := e.Unmerge(q.Partition); err != nil {
+			r.Error = err.Error()
+		}
+	case commandReport:
+		report := e.Report()
+		r.Report = &report
 	case commandSync:
 		err := e.Sync(ctx, q.Container)
 		if r.Ending = errors.Is(err, ErrNoEngine); err != nil {
@@ -181,11 +196,25 @@ func Merge(ctx context.Context, dir, partition string) error {
 	return err
 }
 
-// Status asks the engine what it has. It returns an error that matches [ErrNoEngine]
-// where none runs.
-func Status(ctx context.Context, dir string) ([]engine.PartitionStatus, error) {
-	r, err := ask(ctx, dir, request{Command: commandStatus})
-	return r.Partitions, err
+// Unmerge asks the engine to unmerge a partition, or all if there is no name, and not to
+// merge it until [Merge] is called. It does not wait for that. It returns an error that
+// matches [ErrNoEngine] where none runs.
+func Unmerge(ctx context.Context, dir, partition string) error {
+	_, err := ask(ctx, dir, request{Command: commandUnmerge, Partition: partition})
+	return err
+}
+
+// Ask asks the engine what it has. It returns an error that matches [ErrNoEngine] where
+// none runs.
+func Ask(ctx context.Context, dir string) (Report, error) {
+	r, err := ask(ctx, dir, request{Command: commandReport})
+	if err != nil {
+		return Report{}, err
+	}
+	if r.Report == nil {
+		return Report{}, errors.New("asking the engine: no answer: it is of another version")
+	}
+	return *r.Report, nil
 }
 
 // Sync has the engine look at what OCI hooks have written down of a container. It waits

@@ -18,7 +18,7 @@ import (
 	"github.com/selective-ksm/selective-ksm/test/missing"
 )
 
-type fake struct{ merged, synced []string }
+type fake struct{ merged, unmerged, synced []string }
 
 func (f *fake) Sync(_ context.Context, id string) error {
 	switch id {
@@ -41,12 +41,21 @@ func (f *fake) Merge(partition string) error {
 	return nil
 }
 
-var status = []engine.PartitionStatus{{
-	Name: "sksm-1", Reason: "kept out",
-	Containers: []engine.ContainerStatus{{Container: engine.Container{ID: "a"}, Running: true, Result: engine.Result{Saved: 4096}}},
+func (f *fake) Unmerge(partition string) error {
+	f.unmerged = append(f.unmerged, partition)
+	return nil
+}
+
+var report = Report{Version: "v1", Interface: "sysfs", Report: engine.Report{
+	Partitions: []engine.PartitionStatus{{
+		Name: "sksm-1", Reason: "kept out", Counters: &kernel.Counters{Sharing: 1},
+		Containers: []engine.ContainerStatus{{Container: engine.Container{ID: "a"}, Running: true, Result: engine.Result{Saved: 4096}}},
+	}},
+	Outside: []engine.ContainerStatus{{Container: engine.Container{ID: "b"}, Reason: "left out", Cause: engine.CausePolicy}},
+	Work:    engine.Work{Errors: map[string]uint64{"EIO": 2}},
 }}
 
-func (f *fake) Status() []engine.PartitionStatus { return status }
+func (f *fake) Report() Report { return report }
 
 func TestControl(t *testing.T) {
 	dir := t.TempDir()
@@ -86,7 +95,10 @@ func TestControl(t *testing.T) {
 	if err := Merge(ctx, dir, "none"); err == nil || err.Error() != "merging partition none: no such partition" {
 		t.Errorf("got %v", err)
 	}
-	if got, err := Status(ctx, dir); err != nil || !reflect.DeepEqual(got, status) {
+	if err := Unmerge(ctx, dir, "sksm-1"); err != nil || !reflect.DeepEqual(e.unmerged, []string{"sksm-1"}) {
+		t.Errorf("unmerged %q, %v", e.unmerged, err)
+	}
+	if got, err := Ask(ctx, dir); err != nil || !reflect.DeepEqual(got, report) {
 		t.Errorf("got %+v, %v", got, err)
 	}
 	if _, err := ask(ctx, dir, request{Command: "dance"}); err == nil || err.Error() != `unknown command "dance"` {

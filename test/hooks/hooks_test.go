@@ -159,7 +159,7 @@ func (n *node) daemon(t testing.TB) (stop func()) {
 	})
 	t.Cleanup(stop)
 	within(t, "daemon answers", func() error {
-		_, err := control.Status(t.Context(), engine.RunDir)
+		_, err := control.Ask(t.Context(), engine.RunDir)
 		return err
 	})
 	return stop
@@ -444,7 +444,8 @@ func TestEngines(t *testing.T) {
 	a := n.run(t, r, "hooks-a", pod)
 	stop := n.daemon(t)
 	within(t, "the daemon has it", func() error {
-		all, err := control.Status(t.Context(), engine.RunDir)
+		report, err := control.Ask(t.Context(), engine.RunDir)
+		all := report.Partitions
 		if err == nil && (len(all) != 1 || len(all[0].Containers) != 1 || !all[0].Containers[0].Running) {
 			err = fmt.Errorf("it has %+v", all)
 		}
@@ -543,18 +544,18 @@ func TestReload(t *testing.T) {
 	partition := func(prefix string) {
 		t.Helper()
 		within(t, "the container is in a partition "+prefix, func() error {
-			all, err := control.Status(t.Context(), engine.RunDir)
+			report, err := control.Ask(t.Context(), engine.RunDir)
 			if err != nil {
 				return err
 			}
-			for _, p := range all {
+			for _, p := range report.Partitions {
 				for _, c := range p.Containers {
 					if c.ID == "hooks-a" && strings.HasPrefix(p.Name, prefix) {
 						return nil
 					}
 				}
 			}
-			return fmt.Errorf("there is %+v", all)
+			return fmt.Errorf("there is %+v", report.Partitions)
 		})
 	}
 	logged := func(line string, times int) {

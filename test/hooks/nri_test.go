@@ -92,12 +92,12 @@ func TestNRI(t *testing.T) {
 	has := func(want ...string) {
 		t.Helper()
 		within(t, fmt.Sprint("the engine has ", want), func() error {
-			all, err := control.Status(ctx, engine.RunDir)
+			report, err := control.Ask(ctx, engine.RunDir)
 			if err != nil {
 				return err
 			}
 			var got []string
-			for _, p := range all {
+			for _, p := range report.Partitions {
 				for _, c := range p.Containers {
 					if c.Running {
 						got = append(got, fmt.Sprint(c.Pod, "/", c.Name))
