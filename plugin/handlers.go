@@ -29,8 +29,9 @@ const (
 // binaryPath is where a container finds the program that opts it in.
 const binaryPath = "/.selective-ksm"
 
-// addTimeout is how long a container's creation may wait for its partition.
-const addTimeout = 50 * time.Millisecond
+// addTimeout is how long a container's creation may wait for its partition: half of what
+// any answer may take.
+const addTimeout = 25 * time.Millisecond
 
 // Configure takes the configuration that the runtime gives, unless there is one
 // already. It is the only handler that returns an error: the runtime then goes on

@@ -21,6 +21,7 @@ import (
 	"github.com/containerd/nri/pkg/stub"
 	"github.com/containerd/ttrpc"
 	"github.com/sirupsen/logrus"
+	"golang.org/x/sys/unix"
 
 	"github.com/selective-ksm/selective-ksm/config"
 	"github.com/selective-ksm/selective-ksm/engine"
@@ -86,8 +87,9 @@ var ErrConfig = errors.New("configuration from the runtime")
 // Run connects to the runtime and serves it until ctx ends, then returns nil. When
 // the runtime goes away it connects again and takes everything over anew, unless
 // the runtime launched this process: then it will launch another one, and Run
-// returns nil. Errors are that there is nothing to connect to at the start, or
-// [ErrConfig].
+// returns nil. Errors are that there is no socket to connect to at the start, or
+// [ErrConfig]. A socket that nobody listens on is what a runtime leaves that was
+// killed: Run waits for the next one.
 func Run(ctx context.Context, o Options) error {
 	p := newPlugin(o)
 	if o.Config != nil {
@@ -103,17 +105,20 @@ func Run(ctx context.Context, o Options) error {
 	defer reloading.Wait()
 	defer cancel()
 	retry := minRetry
-	for connected := false; ; {
+	for connected, waits := false, false; ; {
 		err := p.serve(ctx)
 		connected = connected || !errors.Is(err, errConnect)
 		switch {
 		case ctx.Err() != nil:
 			return nil
-		case errors.Is(err, ErrConfig), !connected:
+		case errors.Is(err, ErrConfig), !connected && !errors.Is(err, unix.ECONNREFUSED):
 			return err
 		case Launched():
 			p.Log.WithError(err).Info("the runtime closed the connection")
 			return nil
+		case !connected && !waits:
+			waits = true
+			p.Log.WithError(err).Warn("the runtime does not answer: waiting for it")
 		case !errors.Is(err, errConnect):
 			p.Log.WithError(err).Warn("the runtime closed the connection: connecting again")
 		}
