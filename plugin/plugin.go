@@ -243,7 +243,7 @@ const running = "/proc/self/exe"
 
 // wraps reports whether containers need the wrapper to opt in.
 func (p *plugin) wraps(c config.Config) bool {
-	return c.OptIn == config.OptInWrapper || !p.Engine.OptsIn()
+	return c.OptIn == config.OptInWrapper || c.OptIn == config.OptInAuto && !p.Engine.OptsIn()
 }
 
 // prepare makes what a configuration asks for, and changes nothing yet. It returns

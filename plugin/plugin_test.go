@@ -539,7 +539,10 @@ func TestOptIn(t *testing.T) {
 	for _, tc := range []struct {
 		text string
 		want bool
-	}{{"wrapper: /nowhere\n", false}, {wrapper + "optIn: wrapper\n", true}, {wrapper + "optIn: auto\n", false}} {
+	}{
+		{"wrapper: /nowhere\n", false}, {"wrapper: /nowhere\noptIn: ambient\n", false},
+		{wrapper + "optIn: wrapper\n", true}, {wrapper + "optIn: auto\n", false},
+	} {
 		if _, err := p.Configure(t.Context(), tc.text, "runtime", "v1.2.3"); err != nil {
 			t.Fatal(err)
 		}
@@ -550,8 +553,18 @@ func TestOptIn(t *testing.T) {
 		if got := len(a.GetMounts()) == 1 && len(a.GetArgs()) > 1; got != tc.want {
 			t.Errorf("%q: wrapped: %v, want %v", tc.text, got, tc.want)
 		}
-		if _, err := os.Stat(copied(dir)); (err == nil) != (tc.want || tc.text != "wrapper: /nowhere\n") {
+		if _, err := os.Stat(copied(dir)); (err == nil) != (tc.want || !strings.Contains(tc.text, "/nowhere")) {
 			t.Errorf("%q: copy of the wrapper: %v", tc.text, err)
+		}
+	}
+	// Nor do containers that are mergeable from the start, whatever the engine can do.
+	p.Engine = &recorder{}
+	for text, want := range map[string]bool{wrapper + "optIn: auto\n": true, "wrapper: /nowhere\noptIn: ambient\n": false} {
+		if _, err := p.Configure(t.Context(), text, "runtime", "v1.2.3"); err != nil {
+			t.Fatal(err)
+		}
+		if p.wraps(p.get().policy) != want {
+			t.Errorf("%q: wrapped: %v", text, !want)
 		}
 	}
 }
