@@ -148,13 +148,19 @@ type plugin struct {
 	// ignoredCount is how many there were ever.
 	ignored      map[string][]config.Ignored
 	ignoredCount int
+	// vmms are the pods' sandboxes of which the engine knows a VMM, and mixed those whose
+	// containers were not all of one partition.
+	vmms, mixed map[string]bool
 
 	mu    sync.Mutex // taken after turn
 	state state      // protected by mu
 }
 
 func newPlugin(o Options) *plugin {
-	return &plugin{Options: o, subjects: map[string]*subject{}, ignored: map[string][]config.Ignored{}}
+	return &plugin{
+		Options: o, subjects: map[string]*subject{}, ignored: map[string][]config.Ignored{},
+		vmms: map[string]bool{}, mixed: map[string]bool{},
+	}
 }
 
 // state is what handlers read and change.
