@@ -141,7 +141,7 @@ type runtime struct {
 	synchronized chan error
 }
 
-func startRuntime(t *testing.T, dir string, pods []*api.PodSandbox, containers []*api.Container) *runtime {
+func startRuntime(t testing.TB, dir string, pods []*api.PodSandbox, containers []*api.Container) *runtime {
 	t.Helper()
 	r := &runtime{synchronized: make(chan error, 1)}
 	a, err := adaptation.New("runtime", "v1.2.3",
@@ -167,7 +167,7 @@ func startRuntime(t *testing.T, dir string, pods []*api.PodSandbox, containers [
 }
 
 // wait waits until a plugin is connected and gets events.
-func (r *runtime) wait(t *testing.T) {
+func (r *runtime) wait(t testing.TB) {
 	t.Helper()
 	select {
 	case err := <-r.synchronized:
