@@ -100,7 +100,7 @@ bench-kernel: packages kernel option-off-kernel build/bin/actor build/bin/bench-
 .PHONY: bench
 bench: packages kernel build/bin/selective-ksm build/bin/workload build/bin/bench build/bin/vm
 	go test -run '^$$' -bench . ./engine
-	go test -run '^$$' -bench . -benchtime 100x ./test/hooks
+	go test -run '^$$' -bench . -benchtime 100x ./plugin ./test/hooks
 	@$(VM) -- build/bin/bench
 
 .PHONY: kernel

@@ -276,7 +276,7 @@ func settings(c config.Config, log logrus.FieldLogger) engine.Settings {
 		Pressure: engine.Pressure(c.Pressure),
 		Zero:     c.ZeroPages,
 		Dirty:    c.Incremental == config.BySoftDirty && tellsDirty(log),
-		OptedIn:  c.OptIn == config.OptInWrapper,
+		OptedIn:  c.OptIn != config.OptInAuto,
 	}
 	if s.MaxInterval == 0 {
 		s.MaxInterval = 8 * c.Interval

@@ -82,6 +82,8 @@ const (
 	OptInAuto OptIn = "auto"
 	// OptInWrapper is by a program that is put before the container's own.
 	OptInWrapper OptIn = "wrapper"
+	// OptInAmbient is by whoever started the runtime, from which containers inherit it.
+	OptInAmbient OptIn = "ambient"
 )
 
 // LogFormat is the form of a log line.
@@ -254,7 +256,7 @@ var fields = map[string]func(*Config, *yaml.Node) error{
 		return oneOf(n, &c.Incremental, ByFaults, BySoftDirty)
 	},
 	"optIn": func(c *Config, n *yaml.Node) error {
-		return oneOf(n, &c.OptIn, OptInAuto, OptInWrapper)
+		return oneOf(n, &c.OptIn, OptInAuto, OptInWrapper, OptInAmbient)
 	},
 	"wrapper": func(c *Config, n *yaml.Node) error {
 		return absolutePath(n, &c.Wrapper, "the selective-ksm binary, or \"\" for the one that runs")

@@ -87,7 +87,7 @@ func TestParse(t *testing.T) {
 		"budget, NaN":          {yaml: "budget: NaN%", err: `line 1: budget: "NaN%" is out of range: write 0.1% to 6400% of one CPU`},
 		"workers":              {yaml: "workers: 0", err: `line 1: workers: "0" is not right: write a number from 1 to 64`},
 		"secrets":              {yaml: "secrets: yes", err: `line 1: secrets: "yes" is not known: write true or false`},
-		"opt-in":               {yaml: "optIn: never", err: `line 1: optIn: "never" is not known: write auto or wrapper`},
+		"opt-in":               {yaml: "optIn: never", err: `line 1: optIn: "never" is not known: write auto or wrapper or ambient`},
 		"pods of a list":       {yaml: "pods: [shop]", err: "line 1: pods: a list is not a mapping: write lines of the form key: value"},
 		"unknown rule":         {yaml: "pods:\n  hostPid: true\n", err: "line 2: pods.hostPid: unknown key: known are hostPID, labels, namespaces, onlyAnnotated, privileged, runtimeHandlers"},
 		"rule twice":           {yaml: "pods:\n  hostPID: true\n  hostPID: false\n", err: "line 3: pods.hostPID: given twice: keep one"},

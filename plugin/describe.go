@@ -18,6 +18,11 @@ type subject struct {
 	sandbox   config.Sandbox
 	container config.Container
 	running   bool
+	// assigned is the engine's container with what policy gave it.
+	assigned engine.Container
+	// sandboxCgroup is that of the pod's sandbox. virtual is that the container is in a VM.
+	sandboxCgroup string
+	virtual       bool
 }
 
 // describe takes what matters of a container out of what the runtime says. It keeps
@@ -44,7 +49,8 @@ func describe(pod *api.PodSandbox, ctr *api.Container) *subject {
 			HostPID:     hostPID(pod, ctr),
 			Privileged:  privileged(ctr),
 		},
-		running: ctr.GetState() == api.ContainerState_CONTAINER_RUNNING || ctr.GetState() == api.ContainerState_CONTAINER_PAUSED,
+		sandboxCgroup: pod.GetLinux().GetCgroupsPath(),
+		running:       ctr.GetState() == api.ContainerState_CONTAINER_RUNNING || ctr.GetState() == api.ContainerState_CONTAINER_PAUSED,
 	}
 	for _, key := range config.Annotations() {
 		// Of the pod only: NRI has no annotations of a container that its user wrote.

@@ -30,8 +30,9 @@ const (
 // binaryPath is where a container finds the program that opts it in.
 const binaryPath = "/.selective-ksm"
 
-// addTimeout is how long a container's creation may wait for its partition.
-const addTimeout = 50 * time.Millisecond
+// addTimeout is how long a container's creation may wait for its partition: half of what
+// any answer may take.
+const addTimeout = 25 * time.Millisecond
 
 // Configure takes the configuration that the runtime gives, unless there is one
 // already. It is the only handler that returns an error: the runtime then goes on
@@ -72,11 +73,14 @@ func (p *plugin) Synchronize(_ context.Context, pods []*api.PodSandbox, containe
 
 	maps.DeleteFunc(p.ignored, func(id string, _ []config.Ignored) bool { return sandboxes[id] == nil })
 	clear(p.subjects)
+	clear(p.vmms)
+	maps.DeleteFunc(p.mixed, func(id string, _ bool) bool { return sandboxes[id] == nil })
 	var subjects []*subject
 	for _, ctr := range containers {
 		switch ctr.GetState() {
 		case api.ContainerState_CONTAINER_CREATED, api.ContainerState_CONTAINER_RUNNING, api.ContainerState_CONTAINER_PAUSED:
 			s := describe(sandboxes[ctr.GetPodSandboxId()], ctr)
+			s.virtual = s.running && inVM(sandboxes[ctr.GetPodSandboxId()], ctr)
 			p.subjects[ctr.GetId()] = s
 			subjects = append(subjects, s)
 		}
@@ -104,6 +108,14 @@ func (p *plugin) reconcile(subjects []*subject) (created, running int) {
 			given[list]++
 		}
 		lists[list] = append(lists[list], c)
+	}
+	for _, s := range subjects {
+		if id := s.sandbox.ID; s.virtual && !slices.ContainsFunc(lists[1], func(c engine.Container) bool { return c.ID == id }) {
+			if vmm, there := p.vmm(id); there {
+				p.vmms[id] = true
+				lists[1] = append(lists[1], vmm)
+			}
+		}
 	}
 	if err := p.Engine.Reconcile(lists[0], lists[1]); err != nil {
 		p.Log.WithError(err).Warn("partitions that are not needed any more stay")
@@ -141,37 +153,53 @@ func (p *plugin) create(ctx context.Context, s *subject, ctr *api.Container) (ad
 		if !errors.As(err, new(leftOut)) {
 			c.Cause = engine.CauseOptIn
 		}
+		s.assigned = c
 	}
 	ctx, cancel := context.WithTimeout(ctx, addTimeout)
 	defer cancel()
-	if refused := p.Engine.Add(ctx, c); refused != nil {
+	refused := p.Engine.Add(ctx, c)
+	if p.vmms[c.SandboxID] {
+		p.followVMM(ctx, c.SandboxID)
+	}
+	if refused != nil {
 		return nil, "", refused
 	}
 	return adjustment, c.Partition, err
 }
 
 // PostStartContainer has the container merged.
-func (p *plugin) PostStartContainer(_ context.Context, _ *api.PodSandbox, ctr *api.Container) error {
+func (p *plugin) PostStartContainer(ctx context.Context, pod *api.PodSandbox, ctr *api.Container) error {
 	if s := p.subjects[ctr.GetId()]; s != nil {
 		s.running = true
+		if s.virtual = inVM(pod, ctr); s.virtual {
+			p.followVMM(ctx, s.sandbox.ID)
+		}
 	}
 	p.Engine.Start(ctr.GetId())
 	return nil
 }
 
 // StopContainer comes when the container's first process has ended, too.
-func (p *plugin) StopContainer(_ context.Context, _ *api.PodSandbox, ctr *api.Container) ([]*api.ContainerUpdate, error) {
-	delete(p.subjects, ctr.GetId())
-	p.Engine.Stop(ctr.GetId())
+func (p *plugin) StopContainer(ctx context.Context, _ *api.PodSandbox, ctr *api.Container) ([]*api.ContainerUpdate, error) {
+	p.ended(ctx, ctr.GetId())
 	return nil, nil
 }
 
 // RemoveContainer comes for containers that were never started, too.
-func (p *plugin) RemoveContainer(_ context.Context, _ *api.PodSandbox, ctr *api.Container) error {
-	delete(p.subjects, ctr.GetId())
-	p.Engine.Stop(ctr.GetId())
+func (p *plugin) RemoveContainer(ctx context.Context, _ *api.PodSandbox, ctr *api.Container) error {
+	p.ended(ctx, ctr.GetId())
 	p.change(func(s *state) { delete(s.told, ctr.GetId()) })
 	return nil
+}
+
+// ended has the engine know that a container has ended.
+func (p *plugin) ended(ctx context.Context, id string) {
+	s := p.subjects[id]
+	delete(p.subjects, id)
+	p.Engine.Stop(id)
+	if s != nil && p.vmms[s.sandbox.ID] {
+		p.followVMM(ctx, s.sandbox.ID)
+	}
 }
 
 // StopPodSandbox ends what is left of a pod.
@@ -189,6 +217,9 @@ func (p *plugin) RemovePodSandbox(_ context.Context, pod *api.PodSandbox) error 
 func (p *plugin) forget(pod *api.PodSandbox) {
 	maps.DeleteFunc(p.subjects, func(_ string, s *subject) bool { return s.sandbox.ID == pod.GetId() })
 	delete(p.ignored, pod.GetId())
+	delete(p.vmms, pod.GetId())
+	delete(p.mixed, pod.GetId())
+	p.change(func(s *state) { delete(s.told, pod.GetId()) })
 	p.Engine.StopSandbox(pod.GetId())
 }
 
@@ -209,10 +240,13 @@ func (p *plugin) assign(s *subject) (engine.Container, error) {
 	for _, i := range a.Ignored {
 		c.Because += fmt.Sprintf("; %s: %q does not count: %s", i.Annotation, i.Value, i.Why)
 	}
+	if a.Partition != "" {
+		c.Partition, c.Interval, c.OnDemand, c.Secrets = a.Partition, a.Interval, a.OnDemand, a.Secrets
+	}
+	s.assigned = c
 	if a.Partition == "" {
 		return c, leftOut(a.Reason)
 	}
-	c.Partition, c.Interval, c.OnDemand, c.Secrets = a.Partition, a.Interval, a.OnDemand, a.Secrets
 	return c, nil
 }
 

@@ -21,6 +21,7 @@ import (
 	"github.com/containerd/nri/pkg/stub"
 	"github.com/containerd/ttrpc"
 	"github.com/sirupsen/logrus"
+	"golang.org/x/sys/unix"
 
 	"github.com/selective-ksm/selective-ksm/config"
 	"github.com/selective-ksm/selective-ksm/config/watch"
@@ -90,8 +91,9 @@ var ErrConfig = errors.New("configuration from the runtime")
 // Run connects to the runtime and serves it until ctx ends, then returns nil. When
 // the runtime goes away it connects again and takes everything over anew, unless
 // the runtime launched this process: then it will launch another one, and Run
-// returns nil. Errors are that there is nothing to connect to at the start, or
-// [ErrConfig].
+// returns nil. Errors are that there is no socket to connect to at the start, or
+// [ErrConfig]. A socket that nobody listens on is what a runtime leaves that was
+// killed: Run waits for the next one.
 func Run(ctx context.Context, o Options) error {
 	p := newPlugin(o)
 	if o.Config != nil {
@@ -107,17 +109,20 @@ func Run(ctx context.Context, o Options) error {
 	defer reloading.Wait()
 	defer cancel()
 	retry := minRetry
-	for connected := false; ; {
+	for connected, waits := false, false; ; {
 		err := p.serve(ctx)
 		connected = connected || !errors.Is(err, errConnect)
 		switch {
 		case ctx.Err() != nil:
 			return nil
-		case errors.Is(err, ErrConfig), !connected:
+		case errors.Is(err, ErrConfig), !connected && !errors.Is(err, unix.ECONNREFUSED):
 			return err
 		case Launched():
 			p.Log.WithError(err).Info("the runtime closed the connection")
 			return nil
+		case !connected && !waits:
+			waits = true
+			p.Log.WithError(err).Warn("the runtime does not answer: waiting for it")
 		case !errors.Is(err, errConnect):
 			p.Log.WithError(err).Warn("the runtime closed the connection: connecting again")
 		}
@@ -147,13 +152,19 @@ type plugin struct {
 	// ignoredCount is how many there were ever.
 	ignored      map[string][]config.Ignored
 	ignoredCount int
+	// vmms are the pods' sandboxes of which the engine knows a VMM, and mixed those whose
+	// containers were not all of one partition.
+	vmms, mixed map[string]bool
 
 	mu    sync.Mutex // taken after turn
 	state state      // protected by mu
 }
 
 func newPlugin(o Options) *plugin {
-	return &plugin{Options: o, subjects: map[string]*subject{}, ignored: map[string][]config.Ignored{}}
+	return &plugin{
+		Options: o, subjects: map[string]*subject{}, ignored: map[string][]config.Ignored{},
+		vmms: map[string]bool{}, mixed: map[string]bool{},
+	}
 }
 
 // state is what handlers read and change.
@@ -242,7 +253,7 @@ const running = "/proc/self/exe"
 
 // wraps reports whether containers need the wrapper to opt in.
 func (p *plugin) wraps(c config.Config) bool {
-	return c.OptIn == config.OptInWrapper || !p.Engine.OptsIn()
+	return c.OptIn == config.OptInWrapper || c.OptIn == config.OptInAuto && !p.Engine.OptsIn()
 }
 
 // prepare makes what a configuration asks for, and changes nothing yet. It returns

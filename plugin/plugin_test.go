@@ -145,7 +145,7 @@ type runtime struct {
 	synchronized chan error
 }
 
-func startRuntime(t *testing.T, dir string, pods []*api.PodSandbox, containers []*api.Container) *runtime {
+func startRuntime(t testing.TB, dir string, pods []*api.PodSandbox, containers []*api.Container) *runtime {
 	t.Helper()
 	r := &runtime{synchronized: make(chan error, 1)}
 	a, err := adaptation.New("runtime", "v1.2.3",
@@ -171,7 +171,7 @@ func startRuntime(t *testing.T, dir string, pods []*api.PodSandbox, containers [
 }
 
 // wait waits until a plugin is connected and gets events.
-func (r *runtime) wait(t *testing.T) {
+func (r *runtime) wait(t testing.TB) {
 	t.Helper()
 	select {
 	case err := <-r.synchronized:
@@ -544,7 +544,10 @@ func TestOptIn(t *testing.T) {
 	for _, tc := range []struct {
 		text string
 		want bool
-	}{{"wrapper: /nowhere\n", false}, {wrapper + "optIn: wrapper\n", true}, {wrapper + "optIn: auto\n", false}} {
+	}{
+		{"wrapper: /nowhere\n", false}, {"wrapper: /nowhere\noptIn: ambient\n", false},
+		{wrapper + "optIn: wrapper\n", true}, {wrapper + "optIn: auto\n", false},
+	} {
 		if _, err := p.Configure(t.Context(), tc.text, "runtime", "v1.2.3"); err != nil {
 			t.Fatal(err)
 		}
@@ -555,8 +558,18 @@ func TestOptIn(t *testing.T) {
 		if got := len(a.GetMounts()) == 1 && len(a.GetArgs()) > 1; got != tc.want {
 			t.Errorf("%q: wrapped: %v, want %v", tc.text, got, tc.want)
 		}
-		if _, err := os.Stat(copied(dir)); (err == nil) != (tc.want || tc.text != "wrapper: /nowhere\n") {
+		if _, err := os.Stat(copied(dir)); (err == nil) != (tc.want || !strings.Contains(tc.text, "/nowhere")) {
 			t.Errorf("%q: copy of the wrapper: %v", tc.text, err)
+		}
+	}
+	// Nor do containers that are mergeable from the start, whatever the engine can do.
+	p.Engine = &recorder{}
+	for text, want := range map[string]bool{wrapper + "optIn: auto\n": true, "wrapper: /nowhere\noptIn: ambient\n": false} {
+		if _, err := p.Configure(t.Context(), text, "runtime", "v1.2.3"); err != nil {
+			t.Fatal(err)
+		}
+		if p.wraps(p.get().policy) != want {
+			t.Errorf("%q: wrapped: %v", text, !want)
 		}
 	}
 }

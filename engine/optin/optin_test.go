@@ -9,7 +9,9 @@ import (
 	"os/exec"
 	"path/filepath"
 	"reflect"
+	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -87,6 +89,40 @@ func TestExec(t *testing.T) {
 				t.Errorf("status %d, stdout %q, stderr %q; want %d, %q, %q", state.ExitCode(), out, errOut, tc.status, tc.stdout, tc.stderr)
 			}
 		})
+	}
+}
+
+// Exit statuses and signals are the program's own, and so is the process.
+func TestExecEnds(t *testing.T) {
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	run := func(script string, args ...string) (*exec.Cmd, string) {
+		t.Helper()
+		cmd := exec.Command(self, append([]string{Command, "--", "/bin/sh", "-c", script, "sh"}, args...)...)
+		out, err := cmd.Output()
+		if cmd.ProcessState == nil {
+			t.Fatal(err)
+		}
+		return cmd, strings.TrimSpace(string(out))
+	}
+	for status := range 256 {
+		if cmd, _ := run("exit $1", strconv.Itoa(status)); cmd.ProcessState.ExitCode() != status {
+			t.Errorf("exit status is %d, want %d", cmd.ProcessState.ExitCode(), status)
+		}
+	}
+	for _, signal := range []syscall.Signal{
+		unix.SIGHUP, unix.SIGINT, unix.SIGQUIT, unix.SIGILL, unix.SIGABRT, unix.SIGBUS, unix.SIGFPE, unix.SIGKILL, unix.SIGUSR1,
+		unix.SIGSEGV, unix.SIGUSR2, unix.SIGPIPE, unix.SIGALRM, unix.SIGTERM, unix.SIGXCPU, unix.SIGSYS,
+	} {
+		cmd, _ := run("ulimit -c 0; kill -$1 $$", strconv.Itoa(int(signal)))
+		if ended := cmd.ProcessState.Sys().(syscall.WaitStatus); !ended.Signaled() || ended.Signal() != signal {
+			t.Errorf("ended as %v, want %v", cmd.ProcessState, signal)
+		}
+	}
+	if cmd, out := run("echo $$"); out != strconv.Itoa(cmd.ProcessState.Pid()) {
+		t.Errorf("the program is process %s, the wrapper was %d", out, cmd.ProcessState.Pid())
 	}
 }
 

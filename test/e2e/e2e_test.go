@@ -168,12 +168,38 @@ func removeAfter(t *testing.T, p *node.Pod) {
 // test if the test did not.
 func startPlugin(t *testing.T, n *node.Node, config string) *plugin.Process {
 	t.Helper()
-	p, err := plugin.Start(deadline(t), program, configFile(t, config), n.NRISocket())
+	return startPluginAt(t, n.NRISocket(), config)
+}
+
+// startPluginAt does that by the socket of a runtime.
+func startPluginAt(t *testing.T, socket, config string) *plugin.Process {
+	t.Helper()
+	p, err := plugin.Start(deadline(t), program, configFile(t, config), socket)
 	if err != nil {
 		t.Fatal(err)
 	}
 	stopAfter(t, p)
 	return p
+}
+
+// poll looks again and again until a function says no more what it waits for: it is for
+// what nobody tells of.
+func poll(t *testing.T, look func(ctx context.Context) (waitsFor string)) {
+	t.Helper()
+	ctx := deadline(t)
+	tick := time.NewTicker(50 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		waitsFor := look(ctx)
+		if waitsFor == "" {
+			return
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			t.Fatalf("%s: %v", waitsFor, context.Cause(ctx))
+		}
+	}
 }
 
 // stopAfter stops a plugin after the test.

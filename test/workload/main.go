@@ -1,7 +1,8 @@
 // Command workload is what runs in the containers of the end-to-end tests and
 // of the demo. With -control it fills memory with data that is known in
 // advance, tells the test where it is, and checks and writes it on request
-// (package control); without, it is the pod's pause program.
+// (package control); without, it is the pod's pause program. With -report it tells what
+// it sees of itself (package report), and ends as it is told to.
 //
 // It exits with an error as soon as it finds data that it did not write.
 package main
@@ -18,6 +19,7 @@ import (
 
 	"github.com/selective-ksm/selective-ksm/test/workload/control"
 	"github.com/selective-ksm/selective-ksm/test/workload/memory"
+	"github.com/selective-ksm/selective-ksm/test/workload/report"
 )
 
 func main() {
@@ -27,6 +29,10 @@ func main() {
 		repeat = flag.Bool("repeat", false, "hold all data twice, in a first and a second half")
 		seed   = flag.Uint64("seed", 1, "what the data is made from: the same seed, the same data")
 	)
+	tells := flag.Bool("report", false, "tell what the process sees of itself")
+	status := flag.Int("exit", -1, "exit with this status then")
+	sent := flag.Int("kill", 0, "send this signal to itself then")
+	asked := flag.Int("term", 0, "exit with this status when asked to end by a signal")
 	flag.Parse()
 
 	// The first process of a pid namespace gets no signal that it has no
@@ -34,6 +40,12 @@ func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
 	defer stop()
 
+	if *tells {
+		if err := tell(*status, syscall.Signal(*sent)); err != nil {
+			fmt.Fprintln(os.Stderr, "workload:", err)
+			os.Exit(1)
+		}
+	}
 	if *dir != "" {
 		pages := *size << 20 / memory.PageSize
 		distinct := pages
@@ -46,6 +58,20 @@ func main() {
 		}
 	}
 	<-ctx.Done()
+	os.Exit(*asked)
+}
+
+// tell tells what the process sees of itself. Then it exits with a status, if that is
+// not negative, or sends itself a signal, if that is not zero.
+func tell(status int, sent syscall.Signal) error {
+	own, err := report.Own()
+	if err := errors.Join(err, own.Print(os.Stdout)); err != nil {
+		return err
+	}
+	if status >= 0 {
+		os.Exit(status)
+	}
+	return syscall.Kill(os.Getpid(), sent)
 }
 
 // serve returns nil when the test has no more requests.

@@ -13,6 +13,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -39,6 +40,9 @@ type Config struct {
 	// PluginTimeout is how long a plugin may take to answer before containerd
 	// disconnects it. Zero is ten times the usual, as the other time limits.
 	PluginTimeout time.Duration
+	// Under, if not empty, is a command that becomes containerd when it is given that as
+	// further arguments.
+	Under []string
 }
 
 // DefaultPluginTimeout is containerd's own PluginTimeout.
@@ -53,6 +57,7 @@ func Built(build string) Config {
 type Node struct {
 	dir   string
 	tools string
+	under []string
 	cri   runtime.RuntimeServiceClient
 	conn  *grpc.ClientConn
 	pods  atomic.Int64 // run so far
@@ -62,9 +67,10 @@ type Node struct {
 	exitErr    error         // set before
 }
 
-// imageName is the only image's. Its entry point is also what pause runs.
+// Image is the only image's name. It has one file, its entry point, which is also what
+// pause runs.
 const (
-	imageName    = "selective-ksm.test/workload:latest"
+	Image        = "selective-ksm.test/workload:latest"
 	workloadPath = "/workload"
 )
 
@@ -77,7 +83,7 @@ imports = []
 disabled_plugins = ['io.containerd.internal.v1.opt']
 
 [plugins.'io.containerd.cri.v1.images'.pinned_images]
-  sandbox = '` + imageName + `'
+  sandbox = '` + Image + `'
 
 [plugins.'io.containerd.cri.v1.runtime']
   # Without CAP_SYS_RESOURCE, as in a machine that is itself a container,
@@ -118,20 +124,33 @@ func Start(ctx context.Context, c Config) (_ *Node, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("start node: %w", err)
 	}
-	n := &Node{dir: dir, tools: c.Tools}
+	n := &Node{dir: dir, tools: c.Tools, under: c.Under}
 	defer func() {
 		if err != nil {
 			err = fmt.Errorf("start node: %w\n%s", err, n.Log())
 			err = errors.Join(err, n.Stop(context.WithoutCancel(ctx)))
 		}
 	}()
+	// Root of a user namespace is another user, and its root directory is in there.
+	if err := os.Chmod(dir, 0o711); err != nil {
+		return nil, err
+	}
 	if err := n.configure(c); err != nil {
 		return nil, err
 	}
+	n.conn, err = grpc.NewClient("unix://"+n.Path("containerd.sock"),
+		grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithConnectParams(grpc.ConnectParams{
+			Backoff: backoff.Config{BaseDelay: 20 * time.Millisecond, Multiplier: 1.5, MaxDelay: 200 * time.Millisecond},
+		}))
+	if err != nil {
+		return nil, err
+	}
+	n.cri = runtime.NewRuntimeServiceClient(n.conn)
 	if err := n.startContainerd(ctx); err != nil {
 		return nil, err
 	}
-	if err := n.importImage(ctx, image.Image{Name: imageName, Program: c.Workload, Path: workloadPath}); err != nil {
+	if err := n.importImage(ctx, image.Image{Name: Image, Program: c.Workload, Path: workloadPath}); err != nil {
 		return nil, err
 	}
 	return n, nil
@@ -229,7 +248,7 @@ func copyProgram(to, from string) error {
 }
 
 func (n *Node) startContainerd(ctx context.Context) error {
-	log, err := os.Create(n.Path("containerd.log"))
+	log, err := os.OpenFile(n.Path("containerd.log"), os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o644)
 	if err != nil {
 		return err
 	}
@@ -238,7 +257,8 @@ func (n *Node) startContainerd(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	cmd := exec.Command(filepath.Join(tools, "containerd"), "--config", n.Path("config.toml"))
+	args := slices.Concat(n.under, []string{filepath.Join(tools, "containerd"), "--config", n.Path("config.toml")})
+	cmd := exec.Command(args[0], args[1:]...)
 	// containerd looks for its shim in PATH, and the shim for runc.
 	cmd.Env = append(os.Environ(), "PATH="+tools+":"+os.Getenv("PATH"))
 	cmd.Stdout, cmd.Stderr = log, log
@@ -251,17 +271,30 @@ func (n *Node) startContainerd(ctx context.Context) error {
 		n.exitErr = cmd.Wait()
 	}()
 
-	n.conn, err = grpc.NewClient("unix://"+n.Path("containerd.sock"),
-		grpc.WithTransportCredentials(insecure.NewCredentials()),
-		grpc.WithConnectParams(grpc.ConnectParams{
-			Backoff: backoff.Config{BaseDelay: 20 * time.Millisecond, Multiplier: 1.5, MaxDelay: 200 * time.Millisecond},
-		}))
-	if err != nil {
-		return err
-	}
-	n.cri = runtime.NewRuntimeServiceClient(n.conn)
 	return n.waitForCRI(ctx)
 }
+
+// Kill kills containerd as the kernel would, and waits until it is gone. Containers
+// run on. [Node.Restart] comes next.
+func (n *Node) Kill() error {
+	if err := n.containerd.Process.Kill(); err != nil {
+		return fmt.Errorf("kill containerd: %w", err)
+	}
+	<-n.exited
+	n.containerd = nil
+	return nil
+}
+
+// Restart starts a containerd that was killed, and waits until it answers.
+func (n *Node) Restart(ctx context.Context) error {
+	if err := n.startContainerd(ctx); err != nil {
+		return fmt.Errorf("restart containerd: %w", err)
+	}
+	return nil
+}
+
+// CRI is the runtime's own interface, for what the methods of a node do not have.
+func (n *Node) CRI() runtime.RuntimeServiceClient { return n.cri }
 
 // waitForCRI polls: the socket is there before the CRI service answers, and
 // nothing tells when it does.

@@ -1,6 +1,7 @@
 package node
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"encoding/json"
@@ -9,6 +10,8 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"strings"
+	"syscall"
 	"time"
 
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
@@ -26,6 +29,8 @@ type PodConfig struct {
 	HostPID, SharedPID bool
 	// Privileged makes its containers privileged.
 	Privileged bool
+	// UserNamespace gives it one, in which root is nobody of the machine's.
+	UserNamespace bool
 }
 
 // Pod is a pod sandbox.
@@ -51,6 +56,10 @@ func (n *Node) RunPodWith(ctx context.Context, c PodConfig) (*Pod, error) {
 	case c.SharedPID:
 		namespaces.Pid = runtime.NamespaceMode_POD
 	}
+	if c.UserNamespace {
+		ids := []*runtime.IDMapping{{HostId: 100000, ContainerId: 0, Length: 65536}}
+		namespaces.UsernsOptions = &runtime.UserNamespace{Mode: runtime.NamespaceMode_POD, Uids: ids, Gids: ids}
+	}
 	uid := fmt.Sprintf("%s-%d", name, n.pods.Add(1))
 	p := &Pod{Name: name, node: n, config: &runtime.PodSandboxConfig{
 		Metadata:     &runtime.PodSandboxMetadata{Name: name, Uid: uid, Namespace: cmp.Or(c.Namespace, "default")},
@@ -69,6 +78,9 @@ func (n *Node) RunPodWith(ctx context.Context, c PodConfig) (*Pod, error) {
 	p.ID = r.PodSandboxId
 	return p, nil
 }
+
+// Config is what the pod was run with. Callers do not change it.
+func (p *Pod) Config() *runtime.PodSandboxConfig { return p.config }
 
 // Remove stops a pod with all that runs in it, and removes it.
 func (p *Pod) Remove(ctx context.Context) error {
@@ -163,7 +175,7 @@ func (p *Pod) Start(ctx context.Context, c ContainerConfig) (_ *Container, err e
 		SandboxConfig: p.config,
 		Config: &runtime.ContainerConfig{
 			Metadata: &runtime.ContainerMetadata{Name: c.Name},
-			Image:    &runtime.ImageSpec{Image: imageName},
+			Image:    &runtime.ImageSpec{Image: Image},
 			Args:     []string{"-control", inside, "-size", strconv.Itoa(c.MiB), "-seed", strconv.FormatUint(c.Seed, 10), "-repeat=" + strconv.FormatBool(c.Repeat)},
 			Mounts:   []*runtime.Mount{{HostPath: dir, ContainerPath: inside}},
 			LogPath:  p.log(c.Name),
@@ -235,6 +247,32 @@ func (c *Container) Running(ctx context.Context) (bool, error) {
 		return false, fmt.Errorf("status of container %s/%s: %w", c.Pod.Name, c.Name, err)
 	}
 	return r.Status.State == runtime.ContainerState_CONTAINER_RUNNING, nil
+}
+
+// KillShim kills what the runtime has run the container's pod by, as the kernel would.
+// The runtime ends the pod then.
+func (c *Container) KillShim() error {
+	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", c.PID))
+	if err != nil {
+		return fmt.Errorf("kill shim: %w", err)
+	}
+	// The name is in parentheses, and the parent is the second field behind it.
+	fields := strings.Fields(string(stat[bytes.LastIndexByte(stat, ')')+1:]))
+	shim, err := strconv.Atoi(fields[1])
+	if err != nil {
+		return fmt.Errorf("kill shim: parent of process %d: %w", c.PID, err)
+	}
+	name, err := os.ReadFile(fmt.Sprintf("/proc/%d/comm", shim))
+	if err != nil {
+		return fmt.Errorf("kill shim: %w", err)
+	}
+	if !strings.HasPrefix(string(name), "containerd-shim") {
+		return fmt.Errorf("kill shim: process %d, the parent of %d, is %q", shim, c.PID, name)
+	}
+	if err := syscall.Kill(shim, syscall.SIGKILL); err != nil {
+		return fmt.Errorf("kill shim: %w", err)
+	}
+	return nil
 }
 
 // stopGrace is far more than the workload takes to exit.

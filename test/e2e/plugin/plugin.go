@@ -70,12 +70,24 @@ const ready = "synchronized with the runtime"
 // Start starts the plugin program with a configuration file, which must ask for
 // a log in JSON, and waits until the runtime knows the plugin.
 func Start(ctx context.Context, program, config, socket string) (*Process, error) {
-	return StartArgs(ctx, program, "plugin", "-config", config, "-name", Name, "-idx", Index, "-socket", socket)
+	return StartArgs(ctx, program, Args(config, socket)...)
 }
 
 // StartArgs starts the program with any arguments. Of a log that is not in JSON
 // only the text of each line is known.
 func StartArgs(ctx context.Context, program string, args ...string) (*Process, error) {
+	p, err := Launch(program, args...)
+	if err != nil {
+		return nil, err
+	}
+	if err := p.Synchronized(ctx, 1); err != nil {
+		return nil, errors.Join(fmt.Errorf("start plugin: %w\n%s", err, p.Log()), p.Stop())
+	}
+	return p, nil
+}
+
+// Launch starts the program with any arguments, and waits for nothing.
+func Launch(program string, args ...string) (*Process, error) {
 	cmd := exec.Command(program, args...)
 	log, err := cmd.StderrPipe()
 	if err != nil {
@@ -86,11 +98,24 @@ func StartArgs(ctx context.Context, program string, args ...string) (*Process, e
 	}
 	p := &Process{cmd: cmd, read: make(chan struct{}), more: make(chan struct{})}
 	go p.follow(log)
-	if _, err := p.Wait(ctx, 1, func(l Line) bool { return strings.Contains(l.Text, ready) }); err != nil {
-		return nil, errors.Join(fmt.Errorf("start plugin: %w\n%s", err, p.Log()), p.Stop())
-	}
 	return p, nil
 }
+
+// Args are the program's to run as a plugin with a configuration file.
+func Args(config, socket string) []string {
+	return []string{"plugin", "-config", config, "-name", Name, "-idx", Index, "-socket", socket}
+}
+
+// Synchronized waits until a runtime has told the plugin of all containers n times.
+func (p *Process) Synchronized(ctx context.Context, n int) error {
+	_, err := p.Wait(ctx, n, synchronized)
+	return err
+}
+
+// Synchronizations is how often that was so far.
+func (p *Process) Synchronizations() int { return len(p.Lines(synchronized)) }
+
+func synchronized(l Line) bool { return strings.Contains(l.Text, ready) }
 
 // follow reads the log until the plugin has exited.
 func (p *Process) follow(log io.Reader) {
