@@ -55,6 +55,8 @@ const usage = `selective-ksm merges the identical memory of containers, inside o
         show what the running engine has, as JSON
   selective-ksm doctor [-config FILE]
         say what this machine has of what is needed
+  selective-ksm estimate [-config FILE] [-pid N]... [-interval 5s] [-sample 1] [-json]
+        say what each policy would save of the containers that run, or of processes; changes nothing
   selective-ksm optin -- COMMAND [ARG]...
         make this process mergeable and become COMMAND
   selective-ksm version
@@ -93,6 +95,8 @@ func main() {
 		err = runStatus(args[1:])
 	case "doctor":
 		err = runDoctor(args[1:])
+	case "estimate":
+		err = runEstimate(args[1:])
 	case "daemon":
 		err = runDaemon(args[1:])
 	case "hook":
