@@ -57,6 +57,9 @@ const usage = `selective-ksm merges the identical memory of containers, inside o
         say what this machine has of what is needed
   selective-ksm estimate [-config FILE] [-pid N]... [-interval 5s] [-sample 1] [-json]
         say what each policy would save of the containers that run, or of processes; changes nothing
+  selective-ksm audit [-config FILE] [-by container|pod|group|namespace] [-strict] [-json]
+        prove by physical pages that nothing is merged across partitions, those of the running
+        engine or by policy; exit 1 if something is, with -strict also with a process in none
   selective-ksm optin -- COMMAND [ARG]...
         make this process mergeable and become COMMAND
   selective-ksm version
@@ -97,6 +100,8 @@ func main() {
 		err = runDoctor(args[1:])
 	case "estimate":
 		err = runEstimate(args[1:])
+	case "audit":
+		err = runAudit(args[1:])
 	case "daemon":
 		err = runDaemon(args[1:])
 	case "hook":
