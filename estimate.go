@@ -20,6 +20,7 @@ import (
 	"github.com/selective-ksm/selective-ksm/engine"
 	"github.com/selective-ksm/selective-ksm/engine/estimate"
 	"github.com/selective-ksm/selective-ksm/engine/inventory"
+	"github.com/selective-ksm/selective-ksm/page"
 )
 
 // runEstimate says what merging would save.
@@ -103,7 +104,7 @@ func progress(out io.Writer) (read func(look int, pages uint64), done func()) {
 			return
 		}
 		shown = time.Now()
-		fmt.Fprintf(out, "\rlook %d: %s \x1b[K", look, size(total[look]*uint64(os.Getpagesize())))
+		fmt.Fprintf(out, "\rlook %d: %s \x1b[K", look, page.Size(total[look]*uint64(os.Getpagesize())))
 	}
 	return read, func() { fmt.Fprint(out, "\r\x1b[K") }
 }
@@ -112,18 +113,6 @@ func printJSON(v any) error {
 	out := json.NewEncoder(os.Stdout)
 	out.SetIndent("", "  ")
 	return out.Encode(v)
-}
-
-// size is a number of bytes for people.
-func size(bytes uint64) string {
-	const mib = 1 << 20
-	switch {
-	case bytes >= 10<<30:
-		return fmt.Sprintf("%.1f GiB", float64(bytes)/(1<<30))
-	case bytes >= 10*mib || bytes == 0:
-		return fmt.Sprintf("%d MiB", (bytes+mib/2)/mib)
-	}
-	return fmt.Sprintf("%.1f MiB", float64(bytes)/mib)
 }
 
 // showEstimate shows a report to people.
@@ -139,9 +128,9 @@ func showEstimate(out io.Writer, r estimate.Report) error {
 	for _, missing := range r.Missing {
 		fmt.Fprintf(out, "Not asked: %s\n", missing)
 	}
-	fmt.Fprintf(out, "%s of %d containers would be offered.", size(r.Offered), containers)
+	fmt.Fprintf(out, "%s of %d containers would be offered.", page.Size(r.Offered), containers)
 	if r.IntervalSeconds > 0 {
-		fmt.Fprintf(out, " Of that, %s changed within %gs.", size(r.Volatile), r.IntervalSeconds)
+		fmt.Fprintf(out, " Of that, %s changed within %gs.", page.Size(r.Volatile), r.IntervalSeconds)
 	}
 	fmt.Fprintln(out)
 	for _, reason := range slices.Sorted(maps.Keys(left)) {
@@ -160,12 +149,12 @@ func showEstimate(out io.Writer, r estimate.Report) error {
 				continue
 			}
 		}
-		saves := size(p.Saved)
+		saves := page.Size(p.Saved)
 		if r.Rate < 1 {
-			saves += " ± " + size(p.Error)
+			saves += " ± " + page.Size(p.Error)
 		}
 		fmt.Fprintf(table, "%s\t%d\t%s\t%s\t%s\t%s\t\n", p.Policy, p.Partitions, saves, share(p.Saved, r.Offered),
-			size(p.Saved+p.Volatile), size(p.IsolationCosts))
+			page.Size(p.Saved+p.Volatile), page.Size(p.IsolationCosts))
 	}
 	if err := table.Flush(); err != nil {
 		return err
@@ -177,11 +166,11 @@ func showEstimate(out io.Writer, r estimate.Report) error {
 	if r.Rate < 1 {
 		fmt.Fprintf(out, "Counted: one in %.0f of all contents; ± is what that is off by at most, at 95 %%.\n", 1/r.Rate)
 	}
-	fmt.Fprintf(out, "Zero pages: %s were never written and are in none of this; %s were, and are.\n", size(r.Zero), size(r.WrittenZero))
-	fmt.Fprintf(out, "Huge pages: %s, which a merge splits.\n", size(r.Huge))
-	fmt.Fprintf(out, "Merged already: %s, which saves %s.\n", size(r.Merged), size(r.SavedNow))
+	fmt.Fprintf(out, "Zero pages: %s were never written and are in none of this; %s were, and are.\n", page.Size(r.Zero), page.Size(r.WrittenZero))
+	fmt.Fprintf(out, "Huge pages: %s, which a merge splits.\n", page.Size(r.Huge))
+	fmt.Fprintf(out, "Merged already: %s, which saves %s.\n", page.Size(r.Merged), page.Size(r.SavedNow))
 	fmt.Fprintf(out, "The first merge would take about %.2g s of CPU time, in %.2g s within the budget,\nby the time that it took here to read the same memory.\n", r.FirstMerge.CPUSeconds, r.FirstMerge.Seconds)
-	fmt.Fprintf(out, "This took %.2g s of CPU time and %s of memory.\n", r.Own.CPUSeconds, size(r.Own.MemoryBytes))
+	fmt.Fprintf(out, "This took %.2g s of CPU time and %s of memory.\n", r.Own.CPUSeconds, page.Size(r.Own.MemoryBytes))
 	return nil
 }
 

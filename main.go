@@ -60,6 +60,8 @@ const usage = `selective-ksm merges the identical memory of containers, inside o
   selective-ksm audit [-config FILE] [-by container|pod|group|namespace] [-strict] [-json]
         prove by physical pages that nothing is merged across partitions, those of the running
         engine or by policy; exit 1 if something is, with -strict also with a process in none
+  selective-ksm report [-status FILE]... [-estimate FILE] [-bench FILE] [-o FILE]
+        write one HTML page of what status, estimate and benchmarks told as JSON
   selective-ksm optin -- COMMAND [ARG]...
         make this process mergeable and become COMMAND
   selective-ksm version
@@ -102,6 +104,8 @@ func main() {
 		err = runEstimate(args[1:])
 	case "audit":
 		err = runAudit(args[1:])
+	case "report":
+		err = runReport(args[1:])
 	case "daemon":
 		err = runDaemon(args[1:])
 	case "hook":
