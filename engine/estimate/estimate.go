@@ -237,11 +237,8 @@ func (e *estimate) policy(name string, of func(i int) (partition, reason string)
 	return p
 }
 
-// mergeToRead is how much CPU time the merge of a page takes, for each that this package
-// takes for its first look at it.
-const mergeToRead = 1.0
-
-// cost estimates what a first merge takes, from what it took to read the same memory.
+// cost says what a first merge takes at least: what it took to read the same memory. To
+// measure a merge, one would have to merge.
 func (e *estimate) cost() {
 	for _, c := range e.report.Containers {
 		e.report.Offered += c.Offered
@@ -251,7 +248,7 @@ func (e *estimate) cost() {
 		e.report.Merged += c.Merged
 		e.report.Volatile += c.Volatile
 	}
-	m := e.cpu.Seconds() * mergeToRead
+	m := e.cpu.Seconds()
 	share, window := e.Config.Budget, e.Config.BudgetWindow.Seconds()
 	e.report.FirstMerge = Cost{CPUSeconds: m, Seconds: m}
 	if at := share * window; share > 0 && m > at {

@@ -69,7 +69,7 @@ func TestForetold(t *testing.T) {
 		}
 		saved = c.Sharing * pageSize
 	}
-	t.Logf("foretold %d pages, %d are saved; the first merge took %.1f times the CPU time that was foretold",
+	t.Logf("foretold %d pages, %d are saved; the first merge took %.1f times the CPU time of reading",
 		foretold/pageSize, saved/pageSize, float64(cpu)/1e9/r.FirstMerge.CPUSeconds)
 	if !within5(foretold, saved) {
 		t.Errorf("foretold %d pages, %d are saved", foretold/pageSize, saved/pageSize)

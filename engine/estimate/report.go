@@ -32,7 +32,7 @@ type Report struct {
 	// Policies are in the order from the narrowest to the widest, which is that of the
 	// whole node.
 	Policies []Policy `json:"policies"`
-	// FirstMerge is what the first merge of all would take, by what it took to read the
+	// FirstMerge is what the first merge of all takes at least: what it took to read the
 	// same memory here.
 	FirstMerge Cost `json:"first_merge"`
 	// Own is what this took.
