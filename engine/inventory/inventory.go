@@ -117,11 +117,14 @@ func Find(ctx context.Context, runDir string) (Inventory, error) {
 	return found, ctx.Err()
 }
 
-// Processes are named processes, each for a container of its own. An error says which
-// of them is not there.
+// Processes are named processes, each for a container of its own; one that is named twice
+// is one. An error says which of them is not there.
 func Processes(pids ...int) (Inventory, error) {
 	var found Inventory
-	for _, pid := range pids {
+	for i, pid := range pids {
+		if slices.Contains(pids[:i], pid) {
+			continue
+		}
 		name, err := os.ReadFile(fmt.Sprintf("/proc/%d/comm", pid))
 		if err != nil {
 			return found, fmt.Errorf("process %d: %w", pid, err)

@@ -93,9 +93,12 @@ func TestAssign(t *testing.T) {
 }
 
 func TestProcesses(t *testing.T) {
-	found, err := Processes(os.Getpid(), os.Getppid())
+	found, err := Processes(os.Getpid(), os.Getppid(), os.Getpid())
 	if err != nil {
 		t.Fatal(err)
+	}
+	if len(found.Containers) != 2 {
+		t.Fatalf("found %v", found.Containers)
 	}
 	for i, pid := range []int{os.Getpid(), os.Getppid()} {
 		c := found.Containers[i]
