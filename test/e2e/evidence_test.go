@@ -144,7 +144,7 @@ func TestEstimate(t *testing.T) {
 // where each should be alone.
 func TestAudit(t *testing.T) {
 	n := sharedNode(t)
-	p := startPlugin(t, n, once)
+	p := startPlugin(t, n, often)
 	shop := run(t, n, nil, "shop", web(1), worker(1))
 	bank := run(t, n, nil, "bank", web(1), worker(1))
 	for _, pod := range []tenant{shop, bank} {
