@@ -189,7 +189,7 @@ func TestMovedPage(t *testing.T) {
 		flags:      flags,
 		owners:     []owner{{one.PID, startOf(t, one.PID), 0}, {two.PID, startOf(t, two.PID), 1}},
 		// As if both had been seen to have these frames.
-		pages: []uint64{1000<<ownerBits | 0, 1000<<ownerBits | 1, 1001<<ownerBits | 1, 1002<<ownerBits | 0, 1002<<ownerBits | 1},
+		pages: []uint64{1000 << ownerBits, 1000<<ownerBits | 1, 1001<<ownerBits | 1, 1002 << ownerBits, 1002<<ownerBits | 1},
 	}
 	found, more := a.compare()
 	s := found[pair{0, 1}]

@@ -43,9 +43,14 @@ func near(t *testing.T, what string, got, want, off uint64) {
 func TestPolicies(t *testing.T) {
 	needRoot(t)
 	const held = 2 * small
-	var pids []int
+	var (
+		processes []*kerneltest.Process
+		pids      []int
+	)
 	for range 4 {
-		pids = append(pids, kerneltest.Start(t, held).PID)
+		p := kerneltest.Start(t, held)
+		p.Do(t, "change")
+		processes, pids = append(processes, p), append(pids, p.PID)
 	}
 	all, err := inventory.Processes(pids...)
 	if err != nil {
@@ -57,6 +62,14 @@ func TestPolicies(t *testing.T) {
 	}
 	all.Containers[2].Annotations = map[string]string{config.AnnotationPartition: "group:web"}
 	all.Engine = true
+	// Besides, the programs have equal pages of their own, above all if they look for races.
+	apart, err := Run(t.Context(), all, Options{Config: config.Default(), Rate: 1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range processes {
+		p.Do(t, "write")
+	}
 	for _, rate := range []float64{1, 1. / 8} {
 		var pages [3]uint64
 		r, err := Run(t.Context(), all, Options{Config: config.Default(), Rate: rate, Interval: 10 * time.Millisecond,
@@ -75,8 +88,8 @@ func TestPolicies(t *testing.T) {
 				t.Errorf("policy %s of %d partitions, want %s of %d", p.Policy, p.Partitions, want.policy, want.partitions)
 			}
 			off := uint64(small/2) + 2*p.Error/pageSize
-			near(t, want.policy, (p.Saved+p.Volatile)/pageSize, want.saves, off)
-			near(t, "what isolation costs by "+want.policy, p.IsolationCosts/pageSize, 3*held-want.saves, 2*off)
+			near(t, want.policy, (p.Saved+p.Volatile)/pageSize, apart.Policies[i].Saved/pageSize+want.saves, off)
+			near(t, "what isolation costs by "+want.policy, p.IsolationCosts/pageSize, apart.Policies[i].IsolationCosts/pageSize+3*held-want.saves, 2*off)
 			if (p.Error == 0) != (rate == 1) {
 				t.Errorf("%s: error %d at rate %v", p.Policy, p.Error, rate)
 			}
@@ -108,9 +121,15 @@ func TestLeftOut(t *testing.T) {
 	if c := r.Containers[1]; c.LeftOut == "" || c.Offered != 0 {
 		t.Errorf("%+v", c)
 	}
-	node := r.Policies[len(r.Policies)-1]
-	if node.Partitions != 1 || node.Saved/pageSize > small/2 {
-		t.Errorf("the whole node: %+v", node)
+	all.Containers = all.Containers[:1]
+	alone, err := Run(t.Context(), all, Options{Config: config.Default(), Rate: 1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	last := len(r.Policies) - 1
+	near(t, "the whole node", r.Policies[last].Saved/pageSize, alone.Policies[last].Saved/pageSize, small/4)
+	if n := r.Policies[last].Partitions; n != 1 {
+		t.Errorf("the whole node has %d partitions", n)
 	}
 	if ns := r.Policies[3]; ns.Policy != "namespace" || ns.Partitions != 0 || ns.Unknown == "" {
 		t.Errorf("without a namespace: %+v", ns)
@@ -155,8 +174,8 @@ func TestVolatile(t *testing.T) {
 		if changed := len(q.hashes) - q.stable; changed > sampled/4 {
 			t.Errorf("mask %d: of a quiet process's %d pages %d changed", mask, len(q.hashes), changed)
 		}
-		if b.stable > sampled/2 {
-			t.Errorf("mask %d: of a busy process's %d pages %d did not change", mask, len(b.hashes), b.stable)
+		if changed := len(b.hashes) - b.stable; changed < sampled*3/4 {
+			t.Errorf("mask %d: of a busy process's %d pages %d changed, of which it wrote %d", mask, len(b.hashes), changed, sampled)
 		}
 		// Parting them loses none.
 		slices.Sort(before)
