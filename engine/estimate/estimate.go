@@ -237,8 +237,8 @@ func (e *estimate) policy(name string, of func(i int) (partition, reason string)
 	return p
 }
 
-// cost says what a first merge takes at least: what it took to read the same memory. To
-// measure a merge, one would have to merge.
+// cost says what a first merge takes, by what it took to read the same memory. To measure
+// a merge, one would have to merge.
 func (e *estimate) cost() {
 	for _, c := range e.report.Containers {
 		e.report.Offered += c.Offered

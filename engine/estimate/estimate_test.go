@@ -90,7 +90,8 @@ func TestPolicies(t *testing.T) {
 			off := uint64(small/2) + 2*p.Error/pageSize
 			near(t, want.policy, (p.Saved+p.Volatile)/pageSize, apart.Policies[i].Saved/pageSize+want.saves, off)
 			near(t, "what isolation costs by "+want.policy, p.IsolationCosts/pageSize, apart.Policies[i].IsolationCosts/pageSize+3*held-want.saves, 2*off)
-			if (p.Error == 0) != (rate == 1) {
+			// Where next to nothing is saved, the sample may have none of it.
+			if p.Error > 0 && rate == 1 || p.Error == 0 && rate < 1 && want.saves > 0 {
 				t.Errorf("%s: error %d at rate %v", p.Policy, p.Error, rate)
 			}
 		}

@@ -32,8 +32,8 @@ type Report struct {
 	// Policies are in the order from the narrowest to the widest, which is that of the
 	// whole node.
 	Policies []Policy `json:"policies"`
-	// FirstMerge is what the first merge of all takes at least: what it took to read the
-	// same memory here.
+	// FirstMerge is what the first merge of all takes, if a merge takes as long as it took
+	// here to read the same memory. On an unpatched kernel it takes several times that.
 	FirstMerge Cost `json:"first_merge"`
 	// Own is what this took.
 	Own Own `json:"own"`
