@@ -72,8 +72,8 @@ test-vm: packages kernel tools build/bin/selective-ksm build/bin/workload build/
 test-kernel: packages kernel-check kernels build/bin/actor build/bin/vm
 	@kernel/deb build/kernel/selective-ksm/config
 	SELECTIVE_KSM_BUILD=$(CURDIR)/build go test -count=1 -p 1 -timeout 30m ./test/kernel/variants
-	go test -count=1 -p 1 -run 'Conformance|VM(Partitions|Restart|Processes)' \
-		-exec "$(call vm,stock) -env SELECTIVE_KSM_VM=1 --" ./engine ./engine/kernel/mainline
+	go test -count=1 -p 1 -run 'Conformance|VM(Partitions|Restart|Processes)|Planted|Foretold' \
+		-exec "$(call vm,stock) -env SELECTIVE_KSM_VM=1 --" ./engine ./engine/kernel/mainline ./engine/audit ./engine/estimate
 	$(call stress,2m)
 
 # Hooks, on this machine's kernel and in the VM.

@@ -59,6 +59,13 @@ const usage = `selective-ksm merges the identical memory of containers, inside o
         have it unmerge a partition, or all, and not merge it until merge asks for it
   selective-ksm doctor [-config FILE] [-socket PATH]
         say what this machine has of what is needed, and what to do for the rest
+  selective-ksm estimate [-config FILE] [-pid N]... [-interval 5s] [-sample 1] [-json]
+        say what each policy would save of the containers that run, or of processes; changes nothing
+  selective-ksm audit [-config FILE] [-by container|pod|group|namespace] [-strict] [-json]
+        prove by physical pages that nothing is merged across partitions, those of the running
+        engine or by policy; exit 1 if something is, with -strict also with a process in none
+  selective-ksm report [-status FILE]... [-estimate FILE] [-bench FILE] [-o FILE]
+        write one HTML page of what status, estimate and benchmarks told as JSON
   selective-ksm optin -- COMMAND [ARG]...
         make this process mergeable and become COMMAND
   selective-ksm version
@@ -101,6 +108,12 @@ func main() {
 		err = runStatus(args[1:])
 	case "doctor":
 		err = runDoctor(args[1:])
+	case "estimate":
+		err = runEstimate(args[1:])
+	case "audit":
+		err = runAudit(args[1:])
+	case "report":
+		err = runReport(args[1:])
 	case "daemon":
 		err = runDaemon(args[1:])
 	case "hook":

@@ -39,6 +39,8 @@ type Options struct {
 	Exact bool
 	// Any offers memory that the kernel says is not mergeable, too.
 	Any bool
+	// Merged offers what is merged already, too.
+	Merged bool
 }
 
 // Offer is the memory of a process that is worth merging.
@@ -50,6 +52,9 @@ type Offer struct {
 	// Zero is how many bytes of zero pages the process has that were never written.
 	// They are in the ranges only if that was asked for.
 	Zero uint64
+	// Huge is how many bytes of the mappings that the ranges are of are in huge pages,
+	// which a merge splits.
+	Huge uint64
 	// Mergeable says that the kernel may merge some memory of the process: that it,
 	// or whoever started it, called prctl(PR_SET_MEMORY_MERGE) or
 	// madvise(MADV_MERGEABLE), or that it was bound to a partition.
@@ -100,10 +105,11 @@ func Find(ctx context.Context, pid int, o Options) (Offer, error) {
 		for _, r := range found.present {
 			bytes += r.Len()
 		}
-		if !o.Dirty {
+		if !o.Dirty && !o.Merged {
 			bytes -= min(bytes, m.merged)
 		}
 		offer.Bytes += bytes
+		offer.Huge += m.huge
 		offer.Zero += found.zero
 		gap := uint64(maxGap)
 		if o.Exact || found.zero > 0 && !o.Zero {
@@ -215,7 +221,9 @@ type mapping struct {
 	mergeable bool   // to KSM
 	secret    bool   // the program says so
 	anonymous uint64 // bytes present, those merged included
+	huge      uint64 // bytes of it in huge pages
 	merged    uint64 // bytes
+	counted   bool   // the kernel tells what is merged
 }
 
 // qualifies reports whether a mapping has memory that may be offered.
@@ -223,7 +231,7 @@ func (m mapping) qualifies(o Options) bool {
 	switch {
 	case !m.private || !m.access || m.special || !o.Any && !m.mergeable:
 		return false
-	case m.anonymous == 0 || m.merged >= m.anonymous && !o.Dirty:
+	case m.anonymous == 0 || m.merged >= m.anonymous && !o.Dirty && !o.Merged:
 		return false
 	}
 	return !m.secret || o.Secrets
@@ -268,8 +276,10 @@ func parse(ctx context.Context, smaps io.Reader) ([]mapping, error) {
 		switch string(key) {
 		case "Anonymous":
 			size = &m.anonymous
+		case "AnonHugePages":
+			size = &m.huge
 		case "KSM":
-			size = &m.merged
+			size, m.counted = &m.merged, true
 		case "VmFlags":
 			for flag := range bytes.FieldsSeq(value) {
 				m.flag(string(flag))

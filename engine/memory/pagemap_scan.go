@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"runtime"
 	"slices"
@@ -126,8 +127,16 @@ func scan(ctx context.Context, pagemap *os.File, pid int, m kernel.Range, o Opti
 	return found, nil
 }
 
-// addWritten adds the pages of a part of a process's memory that are not zero.
+// addWritten adds the pages of a part of a process's memory that are not zero. It is read
+// by way of a file: process_vm_readv(2) would part what the process has by fork (commit
+// a7f226604170, "mm/gup: trigger FAULT_FLAG_UNSHARE when R/O-pinning a possibly shared
+// anonymous page").
 func (s *scanned) addWritten(ctx context.Context, pid int, start, end uint64) error {
+	mem, err := os.Open(fmt.Sprintf("/proc/%d/mem", pid))
+	if err != nil {
+		return err
+	}
+	defer mem.Close()
 	page := os.Getpagesize()
 	zero := make([]byte, page)
 	buf := make([]byte, 64*page)
@@ -136,13 +145,11 @@ func (s *scanned) addWritten(ctx context.Context, pid int, start, end uint64) er
 			return ctx.Err()
 		}
 		part := buf[:min(uint64(len(buf)), end-at)]
-		n, err := unix.ProcessVMReadv(pid,
-			[]unix.Iovec{{Base: &part[0], Len: uint64(len(part))}},
-			[]unix.RemoteIovec{{Base: uintptr(at), Len: len(part)}}, 0)
-		if err != nil || n < page {
+		n, err := mem.ReadAt(part, int64(at))
+		if n < page {
 			// It has been unmapped, or may not be read: the kernel will find out.
 			s.add(at, end)
-			if err == unix.ESRCH {
+			if errors.Is(err, unix.ESRCH) {
 				return err
 			}
 			return nil

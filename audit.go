@@ -1,0 +1,141 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"slices"
+	"syscall"
+
+	"github.com/selective-ksm/selective-ksm/config"
+	"github.com/selective-ksm/selective-ksm/engine"
+	"github.com/selective-ksm/selective-ksm/engine/audit"
+	"github.com/selective-ksm/selective-ksm/hooks/inventory"
+)
+
+// errCrossed says that merged pages are shared that must not be.
+var errCrossed = errors.New("merged pages are shared across the border of a partition")
+
+// runAudit looks for merged pages that are shared across partitions. The error is that
+// there are some, or that it could not look.
+func runAudit(args []string) error {
+	var (
+		path           string
+		by             string
+		asJSON, strict bool
+	)
+	flags := newFlags("audit")
+	flags.StringVar(&path, "config", "", "")
+	flags.StringVar(&by, "by", "", "")
+	flags.BoolVar(&asJSON, "json", false, "")
+	flags.BoolVar(&strict, "strict", false, "")
+	if err := parse(flags, args); err != nil {
+		return err
+	}
+	policy, err := load(path)
+	if err != nil {
+		return err
+	}
+	scopes := []config.Scope{config.ScopeContainer, config.ScopePod, config.ScopeGroup, config.ScopeNamespace}
+	switch {
+	case by != "" && !slices.Contains(scopes, config.Scope(by)):
+		return fmt.Errorf("audit: -by %s: write container, pod, group or namespace: %w", by, errUsage)
+	case os.Geteuid() != 0:
+		return errNotRoot
+	}
+	if by != "" {
+		policy.PartitionBy = config.Scope(by)
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	report, err := auditNow(ctx, policy, by != "")
+	if err != nil {
+		return fmt.Errorf("audit: %w", err)
+	}
+	if asJSON {
+		err = printJSON(report)
+	} else {
+		showAudit(os.Stdout, report)
+	}
+	if len(report.Crossings) > 0 || strict && len(report.Outside) > 0 {
+		return errors.Join(err, fmt.Errorf("audit: %w", errCrossed))
+	}
+	return err
+}
+
+// looks is how often is looked again if containers changed their partitions meanwhile.
+const looks = 5
+
+// auditNow audits what runs, by the partitions of the running engine if there is one and
+// no policy is asked for. What is found counts if the partitions are still the same
+// afterwards.
+func auditNow(ctx context.Context, policy config.Config, byPolicy bool) (audit.Report, error) {
+	for range looks {
+		all, err := inventory.Find(ctx, engine.RunDir)
+		if err != nil {
+			return audit.Report{}, err
+		}
+		all.Engine = all.Engine && !byPolicy
+		partition := partitionBy(all.Engine, policy)
+		report, err := audit.Run(ctx, all, partition)
+		if err != nil || len(report.Crossings)+len(report.Outside) == 0 {
+			return report, err
+		}
+		again, err := inventory.Find(ctx, engine.RunDir)
+		if err != nil {
+			return audit.Report{}, err
+		}
+		now := map[string]string{}
+		for _, c := range again.Containers {
+			now[c.ID] = partitionBy(again.Engine && !byPolicy, policy)(c)
+		}
+		moved := func(s audit.Side) bool {
+			partition, there := now[s.ID]
+			return there && s.ID != "" && partition != s.Partition
+		}
+		if !slices.ContainsFunc(slices.Concat(report.Crossings, report.Outside), func(c audit.Crossing) bool { return moved(c.A) || moved(c.B) }) {
+			return report, nil
+		}
+	}
+	return audit.Report{}, errors.New("containers changed their partitions at each look: nothing is proved")
+}
+
+// partitionBy says how the partition of a container is found.
+func partitionBy(engine bool, policy config.Config) func(inventory.Container) string {
+	if engine {
+		return func(c inventory.Container) string { return c.Partition }
+	}
+	// One that policy leaves out is merged with nobody.
+	return func(c inventory.Container) string {
+		return cmp.Or(c.Assign(policy).Partition, "no partition, as policy leaves out "+c.ID)
+	}
+}
+
+// showAudit shows a report to people.
+func showAudit(out io.Writer, r audit.Report) {
+	for _, missing := range r.Missing {
+		fmt.Fprintf(out, "Not asked: %s\n", missing)
+	}
+	for _, c := range r.Crossings {
+		fmt.Fprintf(out, "Crossed: %s\n", c)
+	}
+	for _, c := range r.Outside {
+		fmt.Fprintf(out, "Outside: %s\n", c)
+	}
+	if len(r.Unread) > 0 {
+		fmt.Fprintf(out, "Not looked at: processes %d outside of containers, which have capabilities that this one has not.\n", r.Unread)
+	}
+	if r.More {
+		fmt.Fprintln(out, "There are more.")
+	}
+	by := "the running engine"
+	if !r.Engine {
+		by = "policy, as no engine was asked"
+	}
+	fmt.Fprintf(out, "%d containers in %d partitions, by %s; %d processes, %d pages that may be merged: %d pairs of containers share some that must not, and %d processes outside do.\n",
+		r.Containers, r.Partitions, by, r.Processes, r.Pages, len(r.Crossings), len(r.Outside))
+}

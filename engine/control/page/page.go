@@ -1,0 +1,195 @@
+// Package page draws one HTML page of what was saved, what could be, and what it cost. The
+// page has all that it needs in it: no network is asked for anything.
+package page
+
+import (
+	"cmp"
+	_ "embed"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"html/template"
+	"io"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/selective-ksm/selective-ksm/engine/control"
+	"github.com/selective-ksm/selective-ksm/engine/estimate"
+)
+
+// Data is what there is to show. Any part may be missing.
+type Data struct {
+	// Statuses are those of an engine, from one or more times.
+	Statuses []Status
+	// Estimate is that of selective-ksm estimate.
+	Estimate *estimate.Report
+	// Bench are measurements: numbers by what they are of.
+	Bench []Measured
+}
+
+// Status is what an engine had.
+type Status struct {
+	At         time.Time
+	Partitions []Partition
+}
+
+// Saved is what all partitions saved, in bytes.
+func (s Status) Saved() uint64 {
+	var sum uint64
+	for _, p := range s.Partitions {
+		sum += p.Saved
+	}
+	return sum
+}
+
+// Partition is what a partition had. Sizes are in bytes.
+type Partition struct {
+	Name string
+	// Containers are the names of its members.
+	Containers             []string
+	Offered, Merged, Saved uint64
+	// Spent is the CPU time that merging it took.
+	Spent time.Duration
+}
+
+// Measured is a number of a benchmark.
+type Measured struct{ What, Value string }
+
+// ErrForm says that a file is of another form than the one that it was given for.
+var ErrForm = errors.New("it is of another form")
+
+// ReadStatus reads what selective-ksm status -json tells. Errors match [ErrForm].
+func ReadStatus(data []byte) (Status, error) {
+	var report control.Report
+	err := json.Unmarshal(data, &report)
+	if err == nil && report.Partitions == nil {
+		err = errors.New("no partitions")
+	}
+	if err != nil {
+		return Status{}, fmt.Errorf("%w: give it what selective-ksm status -json tells: %w", ErrForm, err)
+	}
+	s := Status{At: report.At}
+	for _, from := range report.Partitions {
+		p := Partition{Name: from.Name, Spent: from.Work.CPU}
+		for _, c := range from.Containers {
+			name := strings.Join(slices.DeleteFunc([]string{c.Namespace, c.Pod, c.Name}, func(s string) bool { return s == "" }), "/")
+			p.Containers = append(p.Containers, name)
+			p.Offered += c.Result.Offered
+			p.Merged += c.Result.Merged
+			p.Saved += c.Result.Saved
+		}
+		s.Partitions = append(s.Partitions, p)
+	}
+	return s, nil
+}
+
+// ReadEstimate reads what selective-ksm estimate -json writes. Errors match [ErrForm].
+func ReadEstimate(data []byte) (*estimate.Report, error) {
+	var r estimate.Report
+	if err := json.Unmarshal(data, &r); err != nil || len(r.Policies) == 0 {
+		return nil, fmt.Errorf("%w: give it what selective-ksm estimate -json writes: %w", ErrForm, cmp.Or(err, errors.New("no policies")))
+	}
+	return &r, nil
+}
+
+// ReadBench reads the numbers of a JSON file, whatever it is of. Errors match [ErrForm].
+func ReadBench(data []byte) ([]Measured, error) {
+	var all any
+	decoder := json.NewDecoder(strings.NewReader(string(data)))
+	decoder.UseNumber()
+	if err := decoder.Decode(&all); err != nil {
+		return nil, fmt.Errorf("%w: give it JSON: %w", ErrForm, err)
+	}
+	var found []Measured
+	var walk func(path []string, v any)
+	walk = func(path []string, v any) {
+		switch v := v.(type) {
+		case map[string]any:
+			keys := make([]string, 0, len(v))
+			for k := range v {
+				keys = append(keys, k)
+			}
+			slices.Sort(keys)
+			for _, k := range keys {
+				walk(append(slices.Clone(path), strings.ReplaceAll(k, "_", " ")), v[k])
+			}
+		case []any:
+			for i, item := range v {
+				walk(append(slices.Clone(path), strconv.Itoa(i+1)), item)
+			}
+		case json.Number:
+			text := v.String()
+			if f, err := v.Float64(); err == nil && strings.ContainsAny(text, ".eE") {
+				text = strconv.FormatFloat(f, 'g', 4, 64)
+			}
+			found = append(found, Measured{strings.Join(path, ", "), text})
+		}
+	}
+	walk(nil, all)
+	if len(found) == 0 {
+		return nil, fmt.Errorf("%w: there is no number in it", ErrForm)
+	}
+	return found, nil
+}
+
+//go:embed page.html
+var text string
+
+var page = template.Must(template.New("page").Funcs(template.FuncMap{"size": Size, "seconds": seconds, "when": when, "inverse": func(f float64) float64 { return 1 / f }}).Parse(text))
+
+// Write writes the page.
+func Write(w io.Writer, d Data) error {
+	slices.SortStableFunc(d.Statuses, func(a, b Status) int { return a.At.Compare(b.At) })
+	v := view{Data: d, Made: time.Now().UTC()}
+	if n := len(d.Statuses); n > 0 {
+		last := d.Statuses[n-1]
+		v.Last = &last
+		v.ByPartition = byPartition(last)
+		for _, p := range last.Partitions {
+			v.Spent += p.Spent
+			v.Offered += p.Offered
+		}
+	}
+	if len(d.Statuses) > 1 {
+		v.OverTime = overTime(d.Statuses)
+	}
+	if d.Estimate != nil {
+		v.ByPolicy = byPolicy(d.Estimate)
+	}
+	return page.Execute(w, v)
+}
+
+// view is what the page is made of.
+type view struct {
+	Data
+	Made    time.Time
+	Last    *Status // the latest
+	Spent   time.Duration
+	Offered uint64
+
+	ByPartition, ByPolicy []bar
+	OverTime              *line
+}
+
+// Size is a number of bytes for people.
+func Size(bytes uint64) string {
+	const mib = 1 << 20
+	switch {
+	case bytes >= 10<<30:
+		return fmt.Sprintf("%.1f GiB", float64(bytes)/(1<<30))
+	case bytes >= 10*mib || bytes == 0:
+		return fmt.Sprintf("%d MiB", (bytes+mib/2)/mib)
+	}
+	return fmt.Sprintf("%.1f MiB", float64(bytes)/mib)
+}
+
+func seconds(d time.Duration) string { return fmt.Sprintf("%.3g s", d.Seconds()) }
+
+func when(t time.Time) string {
+	if t.IsZero() {
+		return "at a time that is not known"
+	}
+	return t.UTC().Format("2 January 2006, 15:04:05 UTC")
+}

@@ -1,0 +1,135 @@
+package page
+
+import (
+	"encoding/json"
+	"errors"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/selective-ksm/selective-ksm/engine"
+	"github.com/selective-ksm/selective-ksm/engine/control"
+	"github.com/selective-ksm/selective-ksm/engine/estimate"
+)
+
+// report is what an engine tells.
+func report(at time.Time, saved uint64) control.Report {
+	of := func(name string, saved uint64) engine.ContainerStatus {
+		return engine.ContainerStatus{
+			Container: engine.Container{Name: name, Pod: "pod-1", Namespace: "shop"},
+			Result:    engine.Result{Offered: 2 * saved, Merged: saved, Saved: saved},
+		}
+	}
+	return control.Report{Report: engine.Report{At: at, Partitions: []engine.PartitionStatus{
+		{
+			Name: "sksm-pod-1", Work: engine.Work{CPU: 2 * time.Second},
+			Containers: []engine.ContainerStatus{of("web", saved), of("<script>", 2*saved)},
+		},
+		{Name: "sksm-pod-2", Containers: []engine.ContainerStatus{of("worker", 12*saved)}},
+	}}}
+}
+
+func encode(t *testing.T, v any) []byte {
+	t.Helper()
+	data, err := json.Marshal(v)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return data
+}
+
+func TestReadStatus(t *testing.T) {
+	const mib = 1 << 20
+	at := time.Unix(1, 0).UTC()
+	s, err := ReadStatus(encode(t, report(at, mib)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if s.Saved() != 15*mib || len(s.Partitions) != 2 || !s.At.Equal(at) {
+		t.Errorf("%+v", s)
+	}
+	if p := s.Partitions[0]; p.Offered != 6*mib || p.Merged != 3*mib || p.Spent != 2*time.Second || p.Containers[0] != "shop/pod-1/web" {
+		t.Errorf("%+v", p)
+	}
+	for _, bad := range []string{"", "7", "{}", "[7]", `{"policies": []}`} {
+		if _, err := ReadStatus([]byte(bad)); !errors.Is(err, ErrForm) {
+			t.Errorf("status %q: %v", bad, err)
+		}
+		if _, err := ReadEstimate([]byte(bad)); !errors.Is(err, ErrForm) {
+			t.Errorf("estimate %q: %v", bad, err)
+		}
+	}
+}
+
+func TestReadBench(t *testing.T) {
+	got, err := ReadBench([]byte(`{"merge": {"wall_s": [1.23456, 2]}, "name": "x", "n": 12345678901234567}`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := []Measured{{"merge, wall s, 1", "1.235"}, {"merge, wall s, 2", "2"}, {"n", "12345678901234567"}}
+	for i := range want {
+		if len(got) != len(want) || got[i] != want[i] {
+			t.Fatalf("got %v, want %v", got, want)
+		}
+	}
+	for _, bad := range []string{"", "{}", `"text"`} {
+		if _, err := ReadBench([]byte(bad)); !errors.Is(err, ErrForm) {
+			t.Errorf("%q: %v", bad, err)
+		}
+	}
+}
+
+func written(t *testing.T, d Data) string {
+	t.Helper()
+	var b strings.Builder
+	if err := Write(&b, d); err != nil {
+		t.Fatal(err)
+	}
+	return b.String()
+}
+
+// The page has all that it was given, in the order of time, asks the network for nothing,
+// and takes no name for markup.
+func TestWrite(t *testing.T) {
+	var d Data
+	for _, saved := range []uint64{4 << 20, 1 << 20} {
+		s, err := ReadStatus(encode(t, report(time.Unix(int64(saved), 0), saved)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		d.Statuses = append(d.Statuses, s)
+	}
+	d.Estimate = &estimate.Report{Rate: 1. / 16, IntervalSeconds: 5, Policies: []estimate.Policy{
+		{Policy: "pod", Partitions: 2, Saved: 30 << 20, Volatile: 10 << 20, IsolationCosts: 50 << 20},
+		{Policy: "namespace", Unknown: "nobody told"},
+		{Policy: "node", Partitions: 1, Saved: 80 << 20},
+	}}
+	d.Bench = []Measured{{"a & b", "7"}}
+	text := written(t, d)
+	for _, want := range []string{"60 MiB", "shop/pod-1/web, &lt;script&gt;", `points="0.0,150.0 600.0,0.0"`, "nobody told", "50 MiB less than the whole node",
+		"One in 16", "a &amp; b", `<rect class="bar" width="37.50"`, `width="12.50"`} {
+		if !strings.Contains(text, want) {
+			t.Errorf("%q is not in the page:\n%s", want, text)
+		}
+	}
+	for _, bad := range []string{"<script", "http:", "https:", "src=", "url(", "@import", "ZgotmplZ"} {
+		if strings.Contains(text, bad) {
+			t.Errorf("%q is in the page", bad)
+		}
+	}
+	if text := written(t, Data{Bench: d.Bench}); strings.Contains(text, "By partition") || strings.Contains(text, "policy") {
+		t.Error("what was not given is in the page")
+	}
+}
+
+func TestTogether(t *testing.T) {
+	for want, names := range map[string][]string{
+		"a/b/c, d, a/e/d":                  {"a/b/c", "a/b/d", "a/e/d"},
+		"x":                                {"x"},
+		"a/b/1, 2, 3, 4, 5, 6, and 2 more": {"a/b/1", "a/b/2", "a/b/3", "a/b/4", "a/b/5", "a/b/6", "a/b/7", "a/b/8"},
+	} {
+		if got := together(names); got != want {
+			t.Errorf("got %q, want %q", got, want)
+		}
+	}
+}

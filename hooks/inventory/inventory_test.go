@@ -1,0 +1,120 @@
+package inventory
+
+import (
+	"fmt"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/selective-ksm/selective-ksm/config"
+	"github.com/selective-ksm/selective-ksm/engine"
+)
+
+// id is the id of a container, by a digit.
+func id(digit string) string { return strings.Repeat(digit, 64) }
+
+// Containers are found by the forms in which runtimes name their cgroups.
+func TestByCgroup(t *testing.T) {
+	const kubelet = "kubepods.slice/kubepods-burstable.slice/kubepods-burstable-podu.slice"
+	paths := []string{
+		"kubepods/besteffort/pod1/" + id("a"),
+		"kubepods/besteffort/pod1/" + id("b"),
+		kubelet + "/cri-containerd-" + id("c") + ".scope",
+		kubelet + "/crio-" + id("d") + ".scope",
+		kubelet + "/crio-conmon-" + id("d") + ".scope",
+		"machine.slice/libpod-" + id("e") + ".scope/container",
+		"machine.slice/libpod-conmon-" + id("e") + ".scope",
+		"machine.slice/machine-libpod_pod_" + id("9") + ".slice/libpod-" + id("f") + ".scope",
+		"libpod_parent/" + id("8") + "/libpod-" + id("0"),
+		"libpod_parent/libpod-" + id("7"),
+		"docker/" + id("1") + "/kubelet/kubepods/pod2/" + id("2"), // that of a container in one
+		"system.slice/ssh.service",
+	}
+	want := map[string]string{ // and the pods
+		id("a"): "/kubepods/besteffort/pod1", id("b"): "/kubepods/besteffort/pod1",
+		id("c"): "/" + kubelet, id("d"): "/" + kubelet, id("e"): "",
+		id("f"): "/machine.slice/machine-libpod_pod_" + id("9") + ".slice",
+		id("0"): "/libpod_parent/" + id("8"), id("7"): "", id("1"): "",
+	}
+	for name, files := range map[string][]string{"v2": {"cgroup.controllers"}, "v1": nil, "hybrid": nil} {
+		root := t.TempDir()
+		top := map[string]string{"v2": root, "v1": filepath.Join(root, "memory"), "hybrid": filepath.Join(root, "unified")}[name]
+		for _, p := range paths {
+			if err := os.MkdirAll(filepath.Join(top, p), 0o755); err != nil {
+				t.Fatal(err)
+			}
+		}
+		for _, f := range files {
+			if err := os.WriteFile(filepath.Join(root, f), nil, 0o644); err != nil {
+				t.Fatal(err)
+			}
+		}
+		found, err := byCgroup(root)
+		if err != nil {
+			t.Fatal(err)
+		}
+		got := map[string]string{}
+		for id, c := range found {
+			got[id] = c.Sandbox.ID
+			if strings.HasPrefix(c.Sandbox.ID, "container ") {
+				got[id] = ""
+			}
+			if c.ID != id || !slices.Contains(paths, strings.TrimPrefix(c.CgroupsPath, "/")) && id != c.ID || c.Name != id[:shownID] {
+				t.Errorf("%s: %+v", name, c)
+			}
+		}
+		if !maps.Equal(got, want) {
+			t.Errorf("%s: got %v, want %v", name, got, want)
+		}
+	}
+	if found, err := byCgroup(filepath.Join(t.TempDir(), "none")); err != nil || len(found) > 0 {
+		t.Errorf("without cgroups: %v, %v", found, err)
+	}
+}
+
+// Policy is that of the plugin.
+func TestAssign(t *testing.T) {
+	c := Container{Container: engine.Container{ID: id("a")}, Sandbox: config.Sandbox{ID: id("b"), Namespace: "shop"}}
+	policy := config.Default()
+	if a := c.Assign(policy); a.Partition != "sksm-pod-"+id("b")[:22] {
+		t.Errorf("by pod: %+v", a)
+	}
+	c.HostPID = true
+	if a := c.Assign(policy); a.Partition != "" || a.Reason == "" {
+		t.Errorf("one that sees the machine's processes: %+v", a)
+	}
+	c.HostPID, c.Annotations = false, map[string]string{config.AnnotationMerge: "off"}
+	if a := c.Assign(policy); a.Partition != "" {
+		t.Errorf("one that does not want to: %+v", a)
+	}
+}
+
+func TestProcesses(t *testing.T) {
+	found, err := Processes(os.Getpid(), os.Getppid(), os.Getpid())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(found.Containers) != 2 {
+		t.Fatalf("found %v", found.Containers)
+	}
+	for i, pid := range []int{os.Getpid(), os.Getppid()} {
+		c := found.Containers[i]
+		pids, err := c.Pids()
+		if err != nil || !slices.Equal(pids, []int{pid}) || !strings.Contains(c.String(), fmt.Sprint(pid)) {
+			t.Errorf("%s has processes %v, %v", c, pids, err)
+		}
+		if !seesMachine(pid) {
+			t.Errorf("%s is taken to be in another pid namespace", c)
+		}
+	}
+	a, b := found.Containers[0].Assign(config.Default()), found.Containers[1].Assign(config.Default())
+	if a.Partition == b.Partition {
+		t.Errorf("both are of %s", a.Partition)
+	}
+	if _, err := Processes(1 << 30); err == nil {
+		t.Error("one that is not there is found")
+	}
+}
