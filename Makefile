@@ -10,6 +10,7 @@
 # make kernel-deb    CONFIG=FILE: installable packages of a kernel with the series
 # make test-vm       what of make test needs a VM
 # make build         build/bin/selective-ksm alone
+# make image         its container image, for IMAGE=NAME: build/selective-ksm.tar
 # make kernel        the kernel with the series; kernels: all that tests boot
 # make tools         containerd and runc for the tests
 # make clean         remove build/, not the cache
@@ -40,6 +41,12 @@ STRESS := 10m
 
 .PHONY: build
 build: build/bin/selective-ksm
+
+# FROM scratch, as a tar archive in OCI layout: the same program makes the same image.
+IMAGE := registry.example.org/selective-ksm:latest
+.PHONY: image
+image: build/bin/selective-ksm
+	@GOARCH= go run ./test/e2e/image/cmd/image $(IMAGE) $< build/selective-ksm.tar
 
 .PHONY: demo
 demo: packages kernel tools build/bin/selective-ksm build/bin/workload build/bin/demo build/bin/vm
