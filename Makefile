@@ -11,6 +11,7 @@
 # make test-vm       what of make test needs a VM
 # make build         build/bin/selective-ksm alone
 # make image         its container image, for IMAGE=NAME: build/selective-ksm.tar
+# make manifests     the examples for Kubernetes, rendered to build/kubernetes
 # make kernel        the kernel with the series; kernels: all that tests boot
 # make tools         containerd and runc for the tests
 # make clean         remove build/, not the cache
@@ -53,7 +54,7 @@ demo: packages kernel tools build/bin/selective-ksm build/bin/workload build/bin
 	@$(VM) -- build/bin/demo
 
 .PHONY: test
-test: check test-vm test-kernel test-hooks
+test: check test-manifests test-vm test-kernel test-hooks
 
 .PHONY: check
 check: packages build/bin/selective-ksm build/bin/workload
@@ -73,6 +74,14 @@ test-vm: packages kernel tools build/bin/selective-ksm build/bin/workload build/
 	go test -count=1 -p 1 -timeout 30m -skip '$(HOSTED)' -exec "$(VM) -timeout 25m -env SELECTIVE_KSM_VM=1 --" \
 		./engine/... ./test/kernel ./test/pages ./test/e2e/...
 	$(MAKE) demo
+
+# The examples for Kubernetes, as kubectl apply -k would have them, and by the schemas of
+# the API server. That takes a module of its own, and minutes to compile at first.
+.PHONY: manifests test-manifests
+manifests:
+	@cd test/kubernetes && go run ./render ../../examples/kubernetes ../../build/kubernetes
+test-manifests: packages
+	cd test/kubernetes && go vet ./... && go test ./...
 
 # What takes more kernels than one.
 .PHONY: test-kernel
