@@ -59,7 +59,7 @@ test: check test-manifests test-vm test-kernel test-hooks
 .PHONY: check
 check: packages build/bin/selective-ksm build/bin/workload
 	@unformatted=$$(gofmt -l .); test -z "$$unformatted" || { echo "gofmt would change: $$unformatted"; exit 1; }
-	shellcheck -x examples/hooks/runc-selective-ksm .ci/run kernel/build kernel/check kernel/deb test/tools/build test/tools/toolchain
+	shellcheck -x examples/containerd/install examples/hooks/runc-selective-ksm .ci/run kernel/build kernel/check kernel/deb test/tools/build test/tools/toolchain
 	go vet ./...
 	go run $(STATICCHECK) ./...
 	CGO_ENABLED=1 go test -race $$(go list ./... | grep -v /test/hooks)
@@ -69,7 +69,7 @@ HOSTED := TestFaults|TestDelays|TestPartitionsVanish
 
 # The tests of the VM, and those that need a kernel with Selective KSM, in it.
 .PHONY: test-vm
-test-vm: packages kernel tools build/bin/selective-ksm build/bin/workload build/bin/actor build/bin/demo build/bin/vm
+test-vm: packages kernel tools image manifests build/bin/selective-ksm build/bin/workload build/bin/actor build/bin/demo build/bin/vm
 	SELECTIVE_KSM_KERNEL=$(CURDIR)/$(KERNEL) go test -count=1 -p 1 -timeout 30m ./test/vm/...
 	go test -count=1 -p 1 -timeout 30m -skip '$(HOSTED)' -exec "$(VM) -timeout 25m -env SELECTIVE_KSM_VM=1 --" \
 		./engine/... ./test/kernel ./test/pages ./test/e2e/...
