@@ -17,6 +17,7 @@ import (
 	"github.com/selective-ksm/selective-ksm/test/e2e/node"
 	"github.com/selective-ksm/selective-ksm/test/e2e/partition"
 	"github.com/selective-ksm/selective-ksm/test/missing"
+	"github.com/selective-ksm/selective-ksm/test/pages"
 )
 
 const (
@@ -273,5 +274,98 @@ func TestDaemonSet(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// own is a container of an example that is merged with itself alone, and nobody one that
+// is not merged, until it is asked for if it is on demand.
+const own, nobody, onDemand = "itself", "nobody", "on demand"
+
+// exampleTenants are whom the containers of the example pods are merged with, where the
+// overlay by-group is.
+var exampleTenants = map[string]string{
+	"vault/web": own, "vault/keys": own,
+	"web-blue/web": "web", "web-green/web": "web",
+	"checkout/web": "checkout", "checkout/worker": "checkout", "checkout/keys": nobody, "checkout/batch": onDemand,
+	"cache/cache": "cache", "cache/replica": "cache",
+	"database/database": own,
+}
+
+// With the overlay by-group, the example pods are merged as their comments say.
+func TestExamplePods(t *testing.T) {
+	needPartitions(t)
+	n := daemonNode(t)
+	d := startDaemon(t, n, "by-group", nil)
+	files, err := filepath.Glob(examples + "/kubernetes/pods/*.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var all []governed
+	for _, file := range files {
+		pods, err := manifest.ReadPods(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, p := range pods {
+			pod, err := n.RunPodWith(deadline(t), node.PodConfig{Name: p.Name, Namespace: p.Namespace, Annotations: p.Annotations})
+			if err != nil {
+				t.Fatal(err)
+			}
+			removeAfter(t, pod)
+			for _, name := range p.Containers {
+				c, err := pod.Start(deadline(t), node.ContainerConfig{Name: name, MiB: 8, Seed: 1, Repeat: true})
+				if err != nil {
+					t.Fatal(err)
+				}
+				t.Cleanup(func() { c.Close() })
+				g := governed{Container: c}
+				switch tenant := exampleTenants[g.name()]; tenant {
+				case "":
+					t.Fatalf("the test does not say whom %s is merged with", g.name())
+				case own:
+					g.tenant = g.name()
+				case onDemand:
+					g.onDemand = true
+				case nobody:
+				default:
+					g.tenant = tenant
+				}
+				all = append(all, g)
+			}
+		}
+	}
+	if len(all) != len(exampleTenants) {
+		t.Errorf("there are %d containers, and the test knows %d", len(all), len(exampleTenants))
+	}
+	settled := func(g governed) {
+		t.Helper()
+		d.waitFor(t, "a merge of "+g.name(), func() bool {
+			a, b := g.halves(t)
+			together, err := pages.Merged(a, b)
+			return err == nil && together*100 >= len(a)*least
+		})
+	}
+	for _, g := range all {
+		if g.tenant != "" {
+			settled(g)
+		}
+	}
+	wantTenants(t, all)
+
+	for i, g := range all {
+		if g.onDemand {
+			all[i].tenant = "checkout"
+			if status, said, err := d.Exec(deadline(t), []string{"/selective-ksm", "merge"}); err != nil || status != 0 {
+				t.Fatalf("merge: status %d, %v\n%s", status, err, said)
+			}
+			settled(g)
+		}
+	}
+	wantTenants(t, all)
+	if said := "annotation does not count"; strings.Contains(d.Log(), said) {
+		t.Errorf("%s, for one of the examples", said)
+	}
+	for _, g := range all {
+		unchanged(t, g.Container)
 	}
 }

@@ -150,3 +150,40 @@ func TestConfigMap(t *testing.T) {
 		}
 	}
 }
+
+func TestPods(t *testing.T) {
+	const two = `apiVersion: v1
+kind: Pod
+metadata: {name: one, namespace: shop, annotations: {key: value}}
+spec: {containers: [{name: a, image: x}, {name: b, image: x}]}
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: two}
+spec: {containers: [{name: c, image: x}]}
+`
+	path := filepath.Join(t.TempDir(), "pods.yaml")
+	pods := func(text string) ([]Pod, error) {
+		t.Helper()
+		if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		return ReadPods(path)
+	}
+	got, err := pods(two)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := []Pod{
+		{Name: "one", Namespace: "shop", Annotations: map[string]string{"key": "value"}, Containers: []string{"a", "b"}},
+		{Name: "two", Containers: []string{"c"}},
+	}
+	if !reflect.DeepEqual(got, want) {
+		t.Errorf("got %+v", got)
+	}
+	for _, wrong := range []string{strings.Replace(two, "image: x", "imagine: x", 1), strings.Replace(two, "Pod", "Job", 1)} {
+		if got, err := pods(wrong); err == nil {
+			t.Errorf("%q is %+v", wrong, got)
+		}
+	}
+}
