@@ -85,11 +85,13 @@ test-manifests: packages
 
 # What takes more kernels than one.
 .PHONY: test-kernel
-test-kernel: packages kernel-check kernels build/bin/actor build/bin/vm
+test-kernel: packages kernel-check kernels tools image manifests build/bin/workload build/bin/actor build/bin/vm
 	@kernel/deb build/kernel/selective-ksm/config
 	SELECTIVE_KSM_BUILD=$(CURDIR)/build go test -count=1 -p 1 -timeout 30m ./test/kernel/variants
 	go test -count=1 -p 1 -run 'Conformance|VM(Partitions|Restart|Processes)' \
 		-exec "$(call vm,stock) -env SELECTIVE_KSM_VM=1 --" ./engine ./engine/kernel/mainline
+	go test -count=1 -timeout 30m -run 'DaemonSetMainline|NodeFeatureRule' \
+		-exec "$(call vm,stock) -env SELECTIVE_KSM_VM=1 --" ./test/e2e
 	$(call stress,2m)
 
 # Hooks, on this machine's kernel and in the VM.

@@ -369,3 +369,25 @@ func TestExamplePods(t *testing.T) {
 		unchanged(t, g.Container)
 	}
 }
+
+// On an unpatched kernel, the overlay mainline has the first pod merged.
+func TestDaemonSetMainline(t *testing.T) {
+	if partition.Supported() || os.Getenv("SELECTIVE_KSM_VM") == "" {
+		t.Skip("make test-kernel runs this in a VM, with an unpatched kernel")
+	}
+	n := daemonNode(t)
+	d := startDaemon(t, n, "mainline", nil)
+	d.probe(t)
+	shop := run(t, n, nil, "shop", others()...)
+	bank := run(t, n, nil, "bank", others()...)
+	waitMerged(t, shop.containers[0], shop.containers[1])
+	for _, c := range bank.containers {
+		for _, other := range slices.Concat(shop.containers, bank.containers) {
+			if together, _ := common(t, c, other); other != c && together > 0 {
+				t.Errorf("%s/%s and %s/%s share %d pages", c.Pod.Name, c.Name, other.Pod.Name, other.Name, together)
+			}
+		}
+		unchanged(t, c)
+	}
+	unchanged(t, shop.containers...)
+}
