@@ -10,6 +10,8 @@
 # make kernel-deb    CONFIG=FILE: installable packages of a kernel with the series
 # make test-vm       what of make test needs a VM
 # make build         build/bin/selective-ksm alone
+# make image         its container image, for IMAGE=NAME: build/selective-ksm.tar
+# make manifests     the examples for Kubernetes, rendered to build/kubernetes
 # make kernel        the kernel with the series; kernels: all that tests boot
 # make tools         containerd and runc for the tests
 # make clean         remove build/, not the cache
@@ -41,17 +43,23 @@ STRESS := 10m
 .PHONY: build
 build: build/bin/selective-ksm
 
+# FROM scratch, as a tar archive in OCI layout: the same program makes the same image.
+IMAGE := registry.example.org/selective-ksm:latest
+.PHONY: image
+image: build/bin/selective-ksm
+	@GOARCH= go run ./test/e2e/image/cmd/image $(IMAGE) $< build/selective-ksm.tar
+
 .PHONY: demo
 demo: packages kernel tools build/bin/selective-ksm build/bin/workload build/bin/demo build/bin/vm
 	@$(VM) -- build/bin/demo
 
 .PHONY: test
-test: check test-vm test-kernel test-hooks
+test: check test-manifests test-vm test-kernel test-hooks
 
 .PHONY: check
 check: packages build/bin/selective-ksm build/bin/workload
 	@unformatted=$$(gofmt -l .); test -z "$$unformatted" || { echo "gofmt would change: $$unformatted"; exit 1; }
-	shellcheck -x examples/hooks/runc-selective-ksm .ci/run kernel/build kernel/check kernel/deb test/tools/build test/tools/toolchain
+	shellcheck -x examples/containerd/install examples/hooks/runc-selective-ksm .ci/run kernel/build kernel/check kernel/deb test/tools/build test/tools/toolchain
 	go vet ./...
 	go run $(STATICCHECK) ./...
 	CGO_ENABLED=1 go test -race $$(go list ./... | grep -v /test/hooks)
@@ -61,19 +69,29 @@ HOSTED := TestFaults|TestDelays|TestPartitionsVanish
 
 # The tests of the VM, and those that need a kernel with Selective KSM, in it.
 .PHONY: test-vm
-test-vm: packages kernel tools build/bin/selective-ksm build/bin/workload build/bin/actor build/bin/demo build/bin/vm
+test-vm: packages kernel tools image manifests build/bin/selective-ksm build/bin/workload build/bin/actor build/bin/demo build/bin/vm
 	SELECTIVE_KSM_KERNEL=$(CURDIR)/$(KERNEL) go test -count=1 -p 1 -timeout 30m ./test/vm/...
 	go test -count=1 -p 1 -timeout 30m -skip '$(HOSTED)' -exec "$(VM) -timeout 25m -env SELECTIVE_KSM_VM=1 --" \
 		./engine/... ./test/kernel ./test/pages ./test/e2e/...
 	$(MAKE) demo
 
+# The examples for Kubernetes, as kubectl apply -k would have them, and by the schemas of
+# the API server. That takes a module of its own, and minutes to compile at first.
+.PHONY: manifests test-manifests
+manifests:
+	@cd test/kubernetes && go run ./render ../../examples/kubernetes ../../build/kubernetes
+test-manifests: packages
+	cd test/kubernetes && go vet ./... && go test ./...
+
 # What takes more kernels than one.
 .PHONY: test-kernel
-test-kernel: packages kernel-check kernels build/bin/actor build/bin/vm
+test-kernel: packages kernel-check kernels tools image manifests build/bin/workload build/bin/actor build/bin/vm
 	@kernel/deb build/kernel/selective-ksm/config
 	SELECTIVE_KSM_BUILD=$(CURDIR)/build go test -count=1 -p 1 -timeout 30m ./test/kernel/variants
 	go test -count=1 -p 1 -run 'Conformance|VM(Partitions|Restart|Processes)|Planted|Foretold' \
 		-exec "$(call vm,stock) -env SELECTIVE_KSM_VM=1 --" ./engine ./engine/kernel/mainline ./engine/audit ./engine/estimate
+	go test -count=1 -timeout 30m -run 'DaemonSetMainline|NodeFeatureRule' \
+		-exec "$(call vm,stock) -env SELECTIVE_KSM_VM=1 --" ./test/e2e
 	$(call stress,2m)
 
 # Hooks, on this machine's kernel and in the VM.

@@ -1,10 +1,13 @@
-// Package image writes container images that hold one static program, as a
-// runtime imports them: no registry and no image builder is needed.
+// Package image writes container images that hold one static program and nothing else,
+// as a runtime imports them: no registry and no image builder is needed. The same
+// program makes the same image, to the byte.
 package image
 
 import (
 	"archive/tar"
 	"bytes"
+	"cmp"
+	_ "crypto/sha256" // for go-digest
 	"encoding/json"
 	"fmt"
 	"io"
@@ -25,6 +28,12 @@ type Image struct {
 	Name string
 	// Program is the file to copy; it becomes Path, the image's entry point.
 	Program, Path string
+	// User is who it runs as, root if it is empty.
+	User string
+	// Labels are the image's, and Architecture what its program is for, as Go names it:
+	// if it is empty, this machine's.
+	Labels       map[string]string
+	Architecture string
 }
 
 // Write writes the image as a tar archive in OCI layout.
@@ -33,11 +42,12 @@ func (m Image) Write(w io.Writer) error {
 	if err != nil {
 		return fmt.Errorf("image %s: %w", m.Name, err)
 	}
+	platform := v1.Platform{OS: "linux", Architecture: cmp.Or(m.Architecture, runtime.GOARCH)}
 	a := archive{w: tar.NewWriter(w)}
 	layerAt := a.blob(v1.MediaTypeImageLayer, layer)
 	configAt := a.json(v1.MediaTypeImageConfig, v1.Image{
-		Platform: v1.Platform{OS: "linux", Architecture: runtime.GOARCH},
-		Config:   v1.ImageConfig{Entrypoint: []string{m.Path}},
+		Platform: platform,
+		Config:   v1.ImageConfig{User: m.User, Entrypoint: []string{m.Path}, Labels: m.Labels},
 		RootFS:   v1.RootFS{Type: "layers", DiffIDs: []digest.Digest{layerAt.Digest}},
 	})
 	manifestAt := a.json(v1.MediaTypeImageManifest, v1.Manifest{
@@ -46,6 +56,7 @@ func (m Image) Write(w io.Writer) error {
 		Config:    configAt,
 		Layers:    []v1.Descriptor{layerAt},
 	})
+	manifestAt.Platform = &platform
 	manifestAt.Annotations = map[string]string{nameAnnotation: m.Name}
 	a.file(v1.ImageIndexFile, a.encode(v1.Index{
 		Versioned: specs.Versioned{SchemaVersion: 2},

@@ -20,6 +20,7 @@ import (
 	"text/template"
 	"time"
 
+	"github.com/containerd/nri/pkg/api"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/credentials/insecure"
@@ -43,6 +44,10 @@ type Config struct {
 	// Under, if not empty, is a command that becomes containerd when it is given that as
 	// further arguments.
 	Under []string
+	// File, if not empty, is a configuration of containerd to start it with, that
+	// imports those in conf.d beside it. The node's own is put there, without NRI's
+	// settings: these are the file's, and the fields above have no effect.
+	File string
 }
 
 // DefaultPluginTimeout is containerd's own PluginTimeout.
@@ -55,12 +60,14 @@ func Built(build string) Config {
 
 // Node is a running containerd.
 type Node struct {
-	dir   string
-	tools string
-	under []string
-	cri   runtime.RuntimeServiceClient
-	conn  *grpc.ClientConn
-	pods  atomic.Int64 // run so far
+	dir    string
+	tools  string
+	under  []string
+	config string // containerd's
+	socket string // NRI's
+	cri    runtime.RuntimeServiceClient
+	conn   *grpc.ClientConn
+	pods   atomic.Int64 // run so far
 
 	containerd *exec.Cmd
 	exited     chan struct{} // closed when containerd has exited
@@ -95,12 +102,14 @@ disabled_plugins = ['io.containerd.internal.v1.opt']
   [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc.options]
     Root = '{{.Dir}}/runc'
 
+{{if .PluginTimeout -}}
 [plugins.'io.containerd.nri.v1.nri']
   socket_path = '{{.Dir}}/nri.sock'
   plugin_path = '{{.Dir}}/plugins'
   plugin_config_path = '{{.Dir}}/conf.d'
   plugin_registration_timeout = '50s'
   plugin_request_timeout = '{{.PluginTimeout}}'
+{{- end}}
 
 [plugins.'io.containerd.server.v1.grpc']
   address = '{{.Dir}}/containerd.sock'
@@ -125,6 +134,7 @@ func Start(ctx context.Context, c Config) (_ *Node, err error) {
 		return nil, fmt.Errorf("start node: %w", err)
 	}
 	n := &Node{dir: dir, tools: c.Tools, under: c.Under}
+	n.config, n.socket = n.Path("config.toml"), n.Path("nri.sock")
 	defer func() {
 		if err != nil {
 			err = fmt.Errorf("start node: %w\n%s", err, n.Log())
@@ -150,7 +160,7 @@ func Start(ctx context.Context, c Config) (_ *Node, err error) {
 	if err := n.startContainerd(ctx); err != nil {
 		return nil, err
 	}
-	if err := n.importImage(ctx, image.Image{Name: Image, Program: c.Workload, Path: workloadPath}); err != nil {
+	if err := n.importWorkload(ctx, c.Workload); err != nil {
 		return nil, err
 	}
 	return n, nil
@@ -160,7 +170,7 @@ func Start(ctx context.Context, c Config) (_ *Node, err error) {
 func (n *Node) Path(name string) string { return filepath.Join(n.dir, name) }
 
 // NRISocket returns the socket on which containerd waits for plugins.
-func (n *Node) NRISocket() string { return n.Path("nri.sock") }
+func (n *Node) NRISocket() string { return n.socket }
 
 // Stop stops and removes all pods, stops containerd, and removes all that the
 // node left on disk.
@@ -214,6 +224,11 @@ func (n *Node) configure(c Config) error {
 	if timeout == 0 {
 		timeout = 10 * DefaultPluginTimeout
 	}
+	own := n.config
+	if c.File != "" {
+		own = filepath.Join(filepath.Dir(c.File), "conf.d", "99-node.toml")
+		n.config, n.socket, timeout = c.File, api.DefaultSocketPath, 0
+	}
 	var text strings.Builder
 	if err := configTemplate.Execute(&text, struct {
 		Dir           string
@@ -221,7 +236,7 @@ func (n *Node) configure(c Config) error {
 	}{n.dir, timeout}); err != nil {
 		return fmt.Errorf("write configuration: %w", err)
 	}
-	if err := os.WriteFile(n.Path("config.toml"), []byte(text.String()), 0o644); err != nil {
+	if err := os.WriteFile(own, []byte(text.String()), 0o644); err != nil {
 		return err
 	}
 	if c.Plugin == "" {
@@ -257,7 +272,7 @@ func (n *Node) startContainerd(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	args := slices.Concat(n.under, []string{filepath.Join(tools, "containerd"), "--config", n.Path("config.toml")})
+	args := slices.Concat(n.under, []string{filepath.Join(tools, "containerd"), "--config", n.config})
 	cmd := exec.Command(args[0], args[1:]...)
 	// containerd looks for its shim in PATH, and the shim for runc.
 	cmd.Env = append(os.Environ(), "PATH="+tools+":"+os.Getenv("PATH"))
@@ -330,18 +345,24 @@ func (n *Node) stopContainerd() error {
 	return errors.Join(late, n.exitErr)
 }
 
-func (n *Node) importImage(ctx context.Context, m image.Image) error {
+func (n *Node) importWorkload(ctx context.Context, program string) error {
 	f, err := os.Create(n.Path("image.tar"))
 	if err != nil {
 		return err
 	}
 	defer os.Remove(f.Name())
+	m := image.Image{Name: Image, Program: program, Path: workloadPath}
 	if err := errors.Join(m.Write(f), f.Close()); err != nil {
 		return err
 	}
+	return n.Import(ctx, f.Name(), Image)
+}
+
+// Import gives containerd the image in a tar archive, which has a name in it.
+func (n *Node) Import(ctx context.Context, archive, name string) error {
 	out, err := exec.CommandContext(ctx, filepath.Join(n.tools, "ctr"),
 		"--address", n.Path("containerd.sock"), "--namespace", "k8s.io",
-		"images", "import", f.Name()).CombinedOutput()
+		"images", "import", archive).CombinedOutput()
 	if err != nil {
 		return fmt.Errorf("import image: %w\n%s", err, out)
 	}
@@ -350,7 +371,7 @@ func (n *Node) importImage(ctx context.Context, m image.Image) error {
 	tick := time.NewTicker(20 * time.Millisecond)
 	defer tick.Stop()
 	for {
-		r, err := images.ImageStatus(ctx, &runtime.ImageStatusRequest{Image: &runtime.ImageSpec{Image: m.Name}})
+		r, err := images.ImageStatus(ctx, &runtime.ImageStatusRequest{Image: &runtime.ImageSpec{Image: name}})
 		if err != nil {
 			return fmt.Errorf("look for image: %w", err)
 		}

@@ -118,6 +118,8 @@ type ContainerConfig struct {
 	Seed uint64
 	// Repeat makes the second half of the data equal to the first.
 	Repeat bool
+	// User is who its program runs as.
+	User int64
 	// SeccompProfile, if not empty, is the path of the profile to run under, or
 	// RuntimeDefault.
 	SeccompProfile string
@@ -156,10 +158,15 @@ func (p *Pod) Start(ctx context.Context, c ContainerConfig) (_ *Container, err e
 		return nil, err
 	}
 	defer listener.Close()
+	if err := os.Chown(control.Socket(dir), int(c.User), 0); err != nil {
+		return nil, err
+	}
 
 	const inside = "/control"
 	ofPod := p.config.Linux.SecurityContext
-	security := &runtime.LinuxContainerSecurityContext{NamespaceOptions: ofPod.NamespaceOptions, Privileged: ofPod.Privileged}
+	security := &runtime.LinuxContainerSecurityContext{
+		NamespaceOptions: ofPod.NamespaceOptions, Privileged: ofPod.Privileged, RunAsUser: &runtime.Int64Value{Value: c.User},
+	}
 	switch c.SeccompProfile {
 	case "":
 	case RuntimeDefault:
