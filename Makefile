@@ -1,6 +1,7 @@
 # make demo          the main job, on real containers in a VM
 # make test          everything
 # make check         format, vet, lint and unit tests: less than a minute
+# make test-native   what has this machine's ksmd merge
 # make test-hooks    OCI hooks, with podman, runc and crun
 # make test-kernel   the kernel series in all its shapes, and under stress
 # make stress        STRESS=10m of all that may go wrong, on a kernel that checks itself
@@ -54,7 +55,7 @@ demo: packages kernel tools build/bin/selective-ksm build/bin/workload build/bin
 	@$(VM) -- build/bin/demo
 
 .PHONY: test
-test: check test-manifests test-vm test-kernel test-hooks
+test: check test-manifests test-native test-vm test-kernel test-hooks
 
 .PHONY: check
 check: packages build/bin/selective-ksm build/bin/workload
@@ -62,7 +63,13 @@ check: packages build/bin/selective-ksm build/bin/workload
 	shellcheck -x examples/containerd/install examples/hooks/runc-selective-ksm .ci/run kernel/build kernel/check kernel/deb test/tools/build test/tools/toolchain
 	go vet ./...
 	go run $(STATICCHECK) ./...
-	CGO_ENABLED=1 go test -race $$(go list ./... | grep -v /test/hooks)
+	CGO_ENABLED=1 go test -race -short $$(go list ./... | grep -v /test/hooks)
+
+# The tests that make check leaves out by -short, on this machine's kernel.
+.PHONY: test-native
+test-native: packages
+	CGO_ENABLED=1 go test -race -count=1 -run 'Conformance|VM(Partitions|Restart|Processes)|Planted|Foretold' \
+		./engine ./engine/kernel/mainline ./engine/audit ./engine/estimate
 
 # Tests that ask no kernel for anything, and have much to do: make check runs them.
 HOSTED := TestFaults|TestDelays|TestPartitionsVanish

@@ -47,6 +47,7 @@ func each(t *testing.T, test func(t *testing.T, k kernel.Kernel)) {
 		}
 	}
 	if k, err := mainline.Open(mainline.Options{First: true}); err == nil {
+		kerneltest.HaveMachine(t)
 		kernels["mainline"] = k
 	}
 	if len(kernels) == 0 {

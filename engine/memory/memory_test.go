@@ -293,7 +293,8 @@ func TestFindEnds(t *testing.T) {
 	if whole < 2*8 {
 		t.Errorf("the context was looked at %d times", whole)
 	}
-	for _, left := range []int{0, whole / 2, whole - 2} {
+	// Fewer than for what is mapped here: the program's own memory is not always the same.
+	for _, left := range []int{0, 8, 2*8 - 1} {
 		if _, err := Find(&ending{t.Context(), left}, os.Getpid(), Options{Any: true}); !errors.Is(err, context.Canceled) {
 			t.Errorf("after %d looks at the context: %v", left, err)
 		}

@@ -32,27 +32,28 @@ func Main(m *testing.M) {
 		}
 		os.Exit(0)
 	}
-	lock, err := lockMachine()
-	if err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		os.Exit(1)
-	}
-	code := m.Run()
-	lock.Close()
-	os.Exit(code)
+	os.Exit(m.Run())
 }
 
-// lockMachine keeps the tests of other packages waiting: there is one ksmd, and one
-// merge space for it.
-func lockMachine() (*os.File, error) {
+// HaveMachine gives a test the machine's ksmd until it ends, and keeps those of other
+// packages waiting: there is one, and one merge space for it. With -short, as it takes
+// long, it skips the test.
+func HaveMachine(t testing.TB) {
+	t.Helper()
+	if testing.Short() {
+		t.Skip("with -short ksmd is left alone: make test-native has it run")
+	}
 	lock, err := os.OpenFile(filepath.Join(os.TempDir(), "selective-ksm-test.lock"), os.O_CREATE|os.O_RDWR, 0o666)
 	if err != nil {
-		return nil, err
+		t.Fatal(err)
 	}
+	t.Cleanup(func() { lock.Close() })
 	for {
 		err := unix.Flock(int(lock.Fd()), unix.LOCK_EX)
-		if !errors.Is(err, unix.EINTR) {
-			return lock, err
+		if err == nil {
+			return
+		} else if !errors.Is(err, unix.EINTR) {
+			t.Fatalf("lock %s: %v", lock.Name(), err)
 		}
 	}
 }

@@ -16,6 +16,7 @@ func TestConformance(t *testing.T) {
 	if _, err := sysfs.Open(); err == nil {
 		t.Skip("this kernel has Selective KSM, and no ksmd: make test runs this on a stock kernel, too")
 	}
+	kerneltest.HaveMachine(t)
 	kerneltest.Suite(t, func(t *testing.T) kernel.Kernel {
 		k, err := Open(Options{First: true})
 		if err != nil {

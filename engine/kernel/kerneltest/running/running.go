@@ -14,7 +14,7 @@ import (
 )
 
 // Open opens the running kernel, one with partitions or one with ksmd, and adds a
-// partition for the time of a test.
+// partition for the time of a test, which has the machine as [kerneltest.HaveMachine] says.
 func Open(t testing.TB, partition string) kernel.Kernel {
 	t.Helper()
 	if os.Getuid() != 0 {
@@ -23,6 +23,9 @@ func Open(t testing.TB, partition string) kernel.Kernel {
 	k, _, err := detect.Open(detect.Options{Interface: detect.Auto, Mainline: mainline.Options{First: true, Dir: t.TempDir()}})
 	if err != nil {
 		missing.Skip(t, "this kernel has no KSM: %v", err)
+	}
+	if k.Features().OneSpace {
+		kerneltest.HaveMachine(t)
 	}
 	if err := k.AddPartition(partition); err != nil {
 		t.Fatal(err)
