@@ -194,6 +194,33 @@ func TestRemoveForkedThatOptedOut(t *testing.T) {
 	}
 }
 
+// mremap does not take them along: they could get behind the walk that looks for
+// all of a process that is to be removed.
+func TestMoveOfForkedThatOptedOut(t *testing.T) {
+	wantFeature(t, addProcess)
+	const n = 256
+	a := partition(t, "a")
+	p, q := holding(t, n, 1), holding(t, n, 1)
+	if err := p.add(a); err != nil {
+		t.Fatal(err)
+	}
+	child := p.fork()
+	child.optIn(false)
+	q.mergeAll(a)
+	p.mergeAll(a)
+	if mappings, _ := ksmPages(t, child); mappings < n {
+		t.Errorf("the child shares %d pages with its parent, want %d: this shows nothing", mappings, n)
+	}
+	child.move()
+	if mappings, _ := ksmPages(t, child); mappings != 0 {
+		t.Errorf("%d merged pages in memory that was moved", mappings)
+	}
+	wantCounters(t, a, p, q, child)
+	for _, r := range []*process{p, q, child} {
+		r.ask("check")
+	}
+}
+
 // How often the races are run, if there is time.
 const (
 	raceRounds = 2000

@@ -305,3 +305,20 @@ func TestFilesAreOfRoot(t *testing.T) {
 		t.Errorf("nobody may write to: %s %v", out, err)
 	}
 }
+
+// Root of a container is often the machine's, with fewer capabilities.
+func TestCountersAreNotForContainers(t *testing.T) {
+	a := partition(t, "a")
+	for _, dir := range []string{a, ""} {
+		for _, name := range []string{"pages_shared", "pages_sharing", "pages_unshared", "pages_scanned"} {
+			file := filepath.Join(ksm.Root, dir, name)
+			if out, err := exec.Command("cat", file).CombinedOutput(); err != nil {
+				t.Errorf("root cannot read %s: %v, %s", file, err, out)
+			}
+			out, err := exec.Command("setpriv", "--bounding-set", "-sys_ptrace", "cat", file).CombinedOutput()
+			if err == nil || !strings.Contains(string(out), "Operation not permitted") {
+				t.Errorf("without CAP_SYS_PTRACE, root can read %s: %v, %s", file, err, out)
+			}
+		}
+	}
+}

@@ -128,6 +128,11 @@ func TestTriggerErrors(t *testing.T) {
 			{fmt.Sprintf("%d 2000 1000", p.Pid), unix.EINVAL},
 			{fmt.Sprintf("%d 1000 1000", p.Pid), unix.EINVAL},
 			{fmt.Sprintf("%d 1000 2000 3000", p.Pid), unix.EINVAL},
+			{fmt.Sprintf("%d 1000 2000x", p.Pid), unix.EINVAL},
+			{fmt.Sprintf("%x 10%x", p.start, p.end), unix.EINVAL}, // the pid is not the first digits
+			{fmt.Sprintf("%dabc def", p.Pid), unix.EINVAL},
+			{fmt.Sprintf("%d 1000 2000", 1<<32+p.Pid), unix.EINVAL},
+			{fmt.Sprintf("%d 10000000000001000 10000000000002000", p.Pid), unix.EINVAL},
 			{fmt.Sprintf("%d ffff800000000000 ffff800000001000", p.Pid), unix.EINVAL},
 			{fmt.Sprintf("%d 1000 2000", dead.Pid), unix.ESRCH},
 			{"0 1000 2000", unix.ESRCH},
@@ -140,6 +145,7 @@ func TestTriggerErrors(t *testing.T) {
 	}
 	wantErr(t, "merge without a range", ksm.Write(a+"/trigger_merge", "%d", p.Pid), unix.EINVAL)
 	wantErr(t, "unmerge without a range", ksm.Write(a+"/trigger_unmerge", "%d\n", p.Pid), nil)
+	wantErr(t, "unmerge of no process", ksm.Write(a+"/trigger_unmerge", "%d\n", 1<<32+p.Pid), unix.EINVAL)
 	for _, knob := range []string{"pages_to_scan", "sleep_millisecs"} {
 		wantErr(t, knob, ksm.Write(a+"/"+knob, "many"), unix.EINVAL)
 	}

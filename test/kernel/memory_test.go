@@ -3,6 +3,7 @@ package kernel_test
 import (
 	"encoding/binary"
 	"fmt"
+	"io"
 	"math"
 	"math/rand/v2"
 	"os"
@@ -273,6 +274,50 @@ func wantApart(t *testing.T, inA, inB []*process) {
 				t.Errorf("%d physical pages in two partitions", len(common))
 			}
 		}
+	}
+}
+
+// A page that is pinned for long, as for direct I/O, is not what its equals wait
+// for: they merge with each other.
+func TestPinnedCandidate(t *testing.T) {
+	const n = 16
+	a := partition(t, "a")
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	defer w.Close()
+	pinned := startAs(t, unix.SysProcAttr{}, w)
+	pinned.optIn(true)
+	pinned.hold(n+1, n+1, 1)
+	vector := make([]byte, 16)
+	binary.NativeEndian.PutUint64(vector, pinned.start)
+	binary.NativeEndian.PutUint64(vector[8:], n*actor.PageSize)
+	pinned.poke(n, vector)
+	const firstFile = 3
+	at := pinned.start + n*actor.PageSize
+	if sent := pinned.syscall(unix.SYS_VMSPLICE, firstFile, at, 1, 0); sent != n*actor.PageSize {
+		t.Fatalf("%d bytes are pinned, want %d", sent, n*actor.PageSize)
+	}
+
+	p, q := holding(t, n, 1), holding(t, n, 1)
+	for _, s := range []*process{pinned, p, q} {
+		s.mergeAll(a)
+	}
+	if merged, err := pages.Merged(p.pages(), q.pages()); err != nil || merged != n {
+		t.Errorf("%d of %d pages merged beside those that are pinned, %v", merged, n, err)
+	}
+	if merged, err := pages.Merged(p.pages(), pinned.pages()[:n]); err != nil || merged != 0 {
+		t.Errorf("%d pinned pages merged, %v", merged, err)
+	}
+	wantCounters(t, a, pinned, p, q)
+	if _, err := io.ReadFull(r, make([]byte, n*actor.PageSize)); err != nil {
+		t.Fatal(err)
+	}
+	pinned.mergeAll(a)
+	if merged, err := pages.Merged(p.pages(), pinned.pages()[:n]); err != nil || merged != n {
+		t.Errorf("%d of %d pages merged that are not pinned any more, %v", merged, n, err)
 	}
 }
 
