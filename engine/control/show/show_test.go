@@ -28,7 +28,7 @@ func sample() control.Report {
 	slow.Result, slow.OnDemand, slow.Interval = engine.Result{}, true, time.Minute
 	worker.Reason, worker.Cause = "the kernel says that their memory is not mergeable: they joined by exec", engine.CauseNotMergeable
 	out.Reason, out.Cause = "it is privileged, and pods.privileged of the configuration is false", engine.CausePolicy
-	return control.Report{Version: "v1.2.3", Kernel: "6.12.58", Interface: "sysfs", Detail: "/sys/kernel/mm/ksm with add_process", Report: engine.Report{
+	return control.Report{Version: "v0.0.0-20261125104131-74afb42786eb", Kernel: "6.12.58", Interface: "sysfs", Detail: "/sys/kernel/mm/ksm with add_process", Report: engine.Report{
 		At: now, OptsIn: true, Settings: engine.Settings{Interval: 10 * time.Minute, MaxInterval: 80 * time.Minute},
 		Partitions: []engine.PartitionStatus{
 			{
@@ -43,7 +43,8 @@ func sample() control.Report {
 	}}
 }
 
-const wantStatus = `selective-ksm v1.2.3 on Linux 6.12.58, interface sysfs
+const wantStatus = `selective-ksm v0.0.0-20261125104131-74afb42786eb on Linux 6.12.58, interface
+    sysfs
 4 containers in 2 partitions, 3 not merged; 32.0 MiB saved, 0.93 s of CPU spent
 
 PARTITION                       PODS CTRS OFFERED  SHARED   SAVED UNMERGED

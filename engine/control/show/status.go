@@ -20,7 +20,7 @@ const width = 80
 // shown without what a terminal would take for commands.
 func Status(w io.Writer, r control.Report) error {
 	t := &table{w: w, now: r.At}
-	t.line("selective-ksm %s on Linux %s, interface %s", r.Version, r.Kernel, r.Interface)
+	t.wrapped("selective-ksm ", "    ", fmt.Sprintf("%s on Linux %s, interface %s", r.Version, r.Kernel, r.Interface))
 	containers, left := 0, reasons(r)
 	for _, p := range r.Partitions {
 		containers += len(p.Containers)
