@@ -5,14 +5,14 @@
 # make test-hooks    OCI hooks, with podman, runc and crun
 # make test-kernel   the kernel series in all its shapes, and under stress
 # make stress        STRESS=10m of all that may go wrong, on a kernel that checks itself
-# make bench         what the plugin costs, in a VM
+# make bench         what the plugin costs, on this machine and in a VM
 # make bench-kernel  how long merging takes, next to KSM without the patches' option
 # make kernel-check  style, versions and configurations of the kernel series
 # make kernel-deb    CONFIG=FILE: installable packages of a kernel with the series
 # make test-vm       what of make test needs a VM
 # make build         build/bin/selective-ksm alone
 # make image         its container image, for IMAGE=NAME: build/selective-ksm.tar
-# make manifests     the examples for Kubernetes, rendered to build/kubernetes
+# make manifests     the examples for Kubernetes, in build/kubernetes; test-manifests: checked
 # make kernel        the kernel with the series; kernels: all that tests boot
 # make tools         containerd and runc for the tests
 # make clean         remove build/, not the cache

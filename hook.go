@@ -113,7 +113,8 @@ func failed(err error, strict bool) int {
 func runStage(stage hooks.Stage, args []string) (strict bool, err error) {
 	var path string
 	var deadline time.Duration
-	flags := newFlags("hook " + string(stage))
+	// The caller puts the stage before it, as before every error.
+	flags := newFlags("arguments")
 	flags.StringVar(&path, "config", "", "")
 	flags.DurationVar(&deadline, "deadline", hooks.Deadline, "")
 	flags.BoolVar(&strict, "strict", false, "")

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/selective-ksm/selective-ksm/config"
+	"github.com/selective-ksm/selective-ksm/hooks"
 	"github.com/selective-ksm/selective-ksm/test/missing"
 )
 
@@ -46,6 +47,22 @@ func TestOneArgument(t *testing.T) {
 	} {
 		if got, err := one("merge", "partition", tc.needed, tc.args); got != tc.want || errors.Is(err, errUsage) != tc.usage {
 			t.Errorf("%q, needed %v: got %q, %v", tc.args, tc.needed, got, err)
+		}
+	}
+}
+
+// What is wrong with the arguments of a hook is the container's failure only if that was
+// asked for before.
+func TestHookArguments(t *testing.T) {
+	for _, want := range []bool{false, true} {
+		args := []string{"-moon"}
+		if want {
+			args = []string{"-strict", "-moon"}
+		}
+		strict, err := runStage(hooks.Poststop, args)
+		const text = "arguments: flag provided but not defined: -moon: see selective-ksm help"
+		if strict != want || err == nil || err.Error() != text {
+			t.Errorf("%q: strict is %v, and the error %v", args, strict, err)
 		}
 	}
 }
