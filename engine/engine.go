@@ -138,6 +138,7 @@ type Engine struct {
 	ctx        context.Context // of Run; nil before and after it
 	partitions map[string]*partition
 	members    map[string]*member   // by the container's id
+	departed   map[string][]*member // those whose memory may be where they left, by their ids
 	outside    map[string]Container // those in no partition, by their ids
 	settings   Settings
 	// relieved is when merges were last brought forward for the node.
@@ -156,10 +157,10 @@ type member struct {
 	// ctx ends when the container leaves.
 	ctx   context.Context
 	leave context.CancelFunc
-	// before is closed when the container's memory is out of the partition that it was
-	// in before; nil if there was none. left is that for this one.
-	before <-chan struct{}
+	// left is closed when the container's memory is out of the partition. before are those
+	// of the partitions that it was in before, as far as they are not.
 	left   chan struct{}
+	before []<-chan struct{}
 
 	// Protected by Engine.mu.
 	started time.Time // zero before
@@ -190,6 +191,7 @@ func New(o Options) *Engine {
 		budget:     budget.New(o.Settings.Budget),
 		partitions: map[string]*partition{},
 		members:    map[string]*member{},
+		departed:   map[string][]*member{},
 		outside:    map[string]Container{},
 		settings:   o.Settings,
 		beat:       make(chan struct{}),
@@ -432,13 +434,11 @@ func (e *Engine) join(c Container) *partition {
 		return nil
 	}
 	delete(e.outside, c.ID)
-	var before chan struct{}
 	if m := e.members[c.ID]; m != nil {
 		if m.same(c) {
 			m.Because, m.Cause = c.Because, c.Cause
 			return m.partition
 		}
-		before = m.left
 		started := m.started
 		e.stop(c.ID)
 		defer func() {
@@ -455,10 +455,12 @@ func (e *Engine) join(c Container) *partition {
 		}),
 		partition: p,
 		added:     time.Now(),
-		before:    before,
 		left:      make(chan struct{}),
 		warned:    told{},
 		seen:      map[int]look{},
+	}
+	for _, was := range e.departed[c.ID] {
+		m.before = append(m.before, was.left)
 	}
 	m.ctx, m.leave = context.WithCancel(context.Background())
 	e.members[c.ID], p.members[c.ID] = m, m
@@ -500,12 +502,22 @@ func (e *Engine) stop(id string) {
 	delete(e.members, id)
 	delete(p.members, id)
 	p.leaving = append(p.leaving, m)
+	e.departed[id] = append(e.departed[id], m)
 	p.poke()
 	if e.features.WideRemoval && len(p.members) == 0 {
 		// Others may have waited for this one with their removal, or with their turn.
 		for _, other := range e.partitions {
 			other.poke()
 		}
+	}
+}
+
+// parted says that the memory of one that left is out of its partition. e.mu is held.
+func (e *Engine) parted(m *member) {
+	close(m.left)
+	rest := slices.DeleteFunc(e.departed[m.ID], func(other *member) bool { return other == m })
+	if e.departed[m.ID] = rest; len(rest) == 0 {
+		delete(e.departed, m.ID)
 	}
 }
 

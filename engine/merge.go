@@ -185,18 +185,16 @@ func (s *pass) run(ctx context.Context) {
 	defer cancel()
 	defer context.AfterFunc(m.ctx, cancel)()
 
-	if m.before != nil {
+	for _, left := range m.before {
 		select {
-		case <-m.before:
+		case <-left:
 		default:
 			// Nothing but us may tie a process to one partition.
-			p.engine.mu.Lock()
-			p.mergeAt(time.Now().Add(afterMove))
-			p.engine.mu.Unlock()
-			s.waits = true
+			s.wait()
 			return
 		}
 	}
+	m.before = nil
 	begin := time.Now()
 	if !s.full && s.quiet() {
 		s.took = time.Since(begin)
@@ -230,6 +228,14 @@ func (s *pass) run(ctx context.Context) {
 		}
 	}
 	s.took = time.Since(begin)
+}
+
+// wait has the container merged when its memory is out of another partition.
+func (s *pass) wait() {
+	s.waits = true
+	s.partition.engine.mu.Lock()
+	defer s.partition.engine.mu.Unlock()
+	s.partition.mergeAt(time.Now().Add(afterMove))
 }
 
 func closeAll(processes []handle) {
@@ -400,7 +406,9 @@ func (p *partition) release(ctx context.Context, leaving []*member) error {
 			p.putBack([]*member{m})
 			errs = append(errs, err)
 		} else {
-			close(m.left)
+			p.engine.mu.Lock()
+			p.engine.parted(m)
+			p.engine.mu.Unlock()
 		}
 	}
 	return errors.Join(errs...)

@@ -224,12 +224,12 @@ func (p *partition) remove(ctx context.Context, leaving []*member) (wait time.Du
 		p.putBack(leaving)
 		return p.failed("partition is not removed yet", err), false
 	}
-	for _, m := range leaving {
-		close(m.left)
-	}
 	p.exists, p.spoilt, p.mixed, p.merged = false, false, false, 0
 	p.engine.mu.Lock()
 	defer p.engine.mu.Unlock()
+	for _, m := range leaving {
+		p.engine.parted(m)
+	}
 	for _, m := range p.members {
 		clear(m.seen)
 	}
@@ -318,7 +318,7 @@ func (p *partition) forget() bool {
 	}
 	// Those who were members for less than the removal took.
 	for _, m := range p.leaving {
-		close(m.left)
+		p.engine.parted(m)
 	}
 	delete(p.engine.partitions, p.name)
 	p.engine.budget.Forget(p.name)

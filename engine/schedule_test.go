@@ -423,8 +423,62 @@ func TestMoveWaitsForTheOldPartition(t *testing.T) {
 	})
 }
 
-// On a kernel whose removal of one partition unmerges others, none is removed while
-// another is in use.
+// That is so however often it moves meanwhile, and if it was told to have ended between.
+func TestMovesWaitForAllOldPartitions(t *testing.T) {
+	with(t, func(b *bench) {
+		a, c := b.container("a", "own-1", 11), b.container("c", "own-1", 12)
+		for _, one := range []Container{a, c} {
+			b.add(one)
+			b.Start(one.ID)
+		}
+		time.Sleep(time.Minute)
+		synctest.Wait()
+		b.took()
+		// The first partition's worker comes to nothing else.
+		goOn := make(chan struct{})
+		b.failWith(func(call string) error {
+			if strings.HasPrefix(call, "merge own-1 12") {
+				<-goOn
+			}
+			return nil
+		})
+		if err := b.Engine.Merge("own-1"); err != nil {
+			t.Fatal(err)
+		}
+		synctest.Wait()
+		for _, partition := range []string{"own-2", "own-3"} {
+			a.Partition = partition
+			if err := b.Reconcile(nil, []Container{a, c}); err != nil {
+				t.Fatal(err)
+			}
+			time.Sleep(time.Minute)
+		}
+		b.Stop("a")
+		a.Partition = "own-4"
+		b.add(a)
+		b.Start("a")
+		time.Sleep(time.Minute)
+		synctest.Wait()
+		for _, call := range b.took() {
+			if strings.HasPrefix(call, "merge") && strings.Contains(call, " 11 ") && !strings.HasPrefix(call, "merge own-1") {
+				t.Errorf("%s, while it is merged in own-1", call)
+			}
+		}
+		close(goOn)
+		time.Sleep(time.Minute)
+		synctest.Wait()
+		calls := b.took()
+		if left, merged := slices.Index(calls, "unmerge own-1 11"), slices.Index(calls, "merge own-4 11 1000-5000"); left < 0 || merged < left {
+			t.Errorf("calls are %q", calls)
+		}
+		b.Engine.mu.Lock()
+		defer b.Engine.mu.Unlock()
+		if len(b.Engine.departed) > 0 {
+			t.Errorf("still waited for are %v", b.Engine.departed)
+		}
+	})
+}
+
 // Where a partition of another engine stays, what is merged in it may be another
 // partition's next: that is unmerged first.
 func TestUnmergedAfterRestart(t *testing.T) {
@@ -452,6 +506,8 @@ func TestUnmergedAfterRestart(t *testing.T) {
 	})
 }
 
+// On a kernel whose removal of one partition unmerges others, none is removed while
+// another is in use.
 func TestWideRemoval(t *testing.T) {
 	on(t, kernel.Features{WideRemoval: true, SharedCounters: true, PageByPage: true}, func(b *bench) {
 		b.machine.partitions["own-orphan"] = true
