@@ -417,6 +417,13 @@ func (p *partition) release(ctx context.Context, leaving []*member) error {
 func (p *partition) releaseOne(ctx context.Context, m *member) error {
 	e := p.engine
 	if e.features.OneSpace {
+		e.mu.Lock()
+		stays := p.members[m.ID] != nil
+		e.mu.Unlock()
+		if stays {
+			// It is the same container, and its memory is where it is to be.
+			return nil
+		}
 		if err := p.stillMergeable([]*member{m}); err != nil {
 			return err
 		}

@@ -479,6 +479,28 @@ func TestMovesWaitForAllOldPartitions(t *testing.T) {
 	})
 }
 
+// Where there is one merge space, a container that is to be merged in another way, and
+// stays in its partition, is not waited for until it ends.
+func TestChangesInOneSpace(t *testing.T) {
+	on(t, oneSpace, func(b *bench) {
+		a := b.container("a", "own-1", 11)
+		b.add(a)
+		b.Start("a")
+		time.Sleep(time.Minute)
+		synctest.Wait()
+		b.took()
+		a.Interval = time.Minute
+		if err := b.Reconcile(nil, []Container{a}); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(time.Minute)
+		synctest.Wait()
+		if calls := b.took(); !slices.Contains(calls, "settle own-1") {
+			t.Errorf("calls are %q", calls)
+		}
+	})
+}
+
 // Where a partition of another engine stays, what is merged in it may be another
 // partition's next: that is unmerged first.
 func TestUnmergedAfterRestart(t *testing.T) {
