@@ -359,9 +359,10 @@ func (e *Engine) Reconcile(created, running []Container) error {
 		known[c.ID], needed[c.Partition] = true, true
 	}
 	// A kernel that does not remove one partition alone keeps what is merged in it, and
-	// nothing there keeps a process from being merged in two.
+	// nothing there keeps a process from being merged in two. Where they cannot be listed,
+	// there may be one.
 	orphan := func(name string) bool { return e.owned(name) && !needed[name] && e.partitions[name] == nil }
-	unmerge := e.features.WideRemoval && !e.features.OneSpace && slices.ContainsFunc(existing, orphan)
+	unmerge := e.features.WideRemoval && !e.features.OneSpace && (err != nil || slices.ContainsFunc(existing, orphan))
 	for _, c := range slices.Concat(running, created) {
 		before := e.members[c.ID]
 		e.join(c)

@@ -504,7 +504,23 @@ func TestChangesInOneSpace(t *testing.T) {
 // Where a partition of another engine stays, what is merged in it may be another
 // partition's next: that is unmerged first.
 func TestUnmergedAfterRestart(t *testing.T) {
-	on(t, kernel.Features{WideRemoval: true, SharedCounters: true, PageByPage: true}, func(b *bench) {
+	wide := kernel.Features{WideRemoval: true, SharedCounters: true, PageByPage: true}
+	t.Run("partitions are not listed", func(t *testing.T) {
+		on(t, wide, func(b *bench) {
+			b.failWith(func(call string) error {
+				if call == "list" {
+					return errors.New("no memory")
+				}
+				return nil
+			})
+			if err := b.Reconcile(nil, []Container{b.container("a", "own-1", 11)}); err == nil {
+				t.Error("no error")
+			}
+			time.Sleep(time.Second)
+			b.expect("add own-1", "unmerge own-1 11", "merge own-1 11 1000-5000")
+		})
+	})
+	on(t, wide, func(b *bench) {
 		b.machine.partitions["own-old"] = true
 		a := b.container("a", "own-1", 11)
 		if err := b.Reconcile(nil, []Container{a}); err != nil {
