@@ -428,24 +428,45 @@ func (p *partition) releaseOne(ctx context.Context, m *member) error {
 			return err
 		}
 	}
-	processes, err := e.host.open(m.CgroupsPath)
-	if err != nil && !gone(err) {
-		return err
-	}
-	var errs []error
-	for _, proc := range processes {
-		var err error
+	return p.eachProcess(m, func(pid int) error {
 		if e.features.Bind {
-			err = e.kernel.Unbind(p.name, proc.Pid())
-		} else {
-			err = e.kernel.Unmerge(ctx, p.name, proc.Pid())
+			return e.kernel.Unbind(p.name, pid)
 		}
-		if !gone(err) && !errors.Is(err, kernel.ErrNoPartition) && !errors.Is(err, kernel.ErrNotMember) {
-			errs = append(errs, err)
+		return e.kernel.Unmerge(ctx, p.name, pid)
+	})
+}
+
+// looksForChildren is how often the processes of a container are looked for that one has
+// forked before it was unmerged.
+const looksForChildren = 8
+
+// eachProcess unmerges the processes of a container, and those that they fork meanwhile.
+func (p *partition) eachProcess(m *member, unmerge func(pid int) error) error {
+	done := map[int]bool{}
+	for range looksForChildren {
+		processes, err := p.engine.host.open(m.CgroupsPath)
+		if err != nil && !gone(err) {
+			return err
 		}
-		proc.Close()
+		more := false
+		var errs []error
+		for _, proc := range processes {
+			if pid := proc.Pid(); !done[pid] {
+				done[pid] = true
+				err := unmerge(pid)
+				// One that is of no partition has no children that are.
+				more = more || !errors.Is(err, kernel.ErrNotMember)
+				if !gone(err) && !errors.Is(err, kernel.ErrNoPartition) && !errors.Is(err, kernel.ErrNotMember) {
+					errs = append(errs, err)
+				}
+			}
+			proc.Close()
+		}
+		if err := errors.Join(errs...); err != nil || !more {
+			return err
+		}
 	}
-	return errors.Join(errs...)
+	return fmt.Errorf("container %s forks faster than it is unmerged", m.ID)
 }
 
 // plan says when the next merge is, by what this one came to, and logs that for each

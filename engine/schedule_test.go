@@ -390,6 +390,30 @@ func TestNumberIsUsedAgainInTheContainer(t *testing.T) {
 	})
 }
 
+// What a process forks while its container leaves is bound, and merged, as it was: it is
+// let go, too.
+func TestChildrenLeave(t *testing.T) {
+	on(t, kernel.Features{Bind: true}, func(b *bench) {
+		a, c := b.container("a", "own-1", 11), b.container("c", "own-1", 12)
+		for _, one := range []Container{a, c} {
+			b.add(one)
+			b.Start(one.ID)
+		}
+		time.Sleep(time.Minute)
+		synctest.Wait()
+		b.took()
+		b.failWith(func(call string) error {
+			if call == "unbind own-1 11" {
+				b.set(func(m *machine) { m.containers["/a"], m.bound[13] = []int{11, 13}, "own-1" })
+			}
+			return nil
+		})
+		a.Partition = ""
+		b.add(a)
+		b.expect("unbind own-1 11", "unbind own-1 13")
+	})
+}
+
 // A container that moves is not merged before its memory is out of where it was.
 func TestMoveWaitsForTheOldPartition(t *testing.T) {
 	with(t, func(b *bench) {
