@@ -285,7 +285,7 @@ func (s *pass) process(ctx context.Context, proc handle) bool {
 	}
 
 	if e.features.Bind && !s.settings.OptedIn {
-		err := s.ask(ctx, proc, func() error { return e.kernel.Bind(s.partition.name, pid) })
+		err := s.take(ctx, proc, func() error { return e.kernel.Bind(s.partition.name, pid) })
 		if err != nil {
 			s.failed(err)
 			return false
@@ -319,7 +319,7 @@ func (s *pass) process(ctx context.Context, proc handle) bool {
 		return false
 	}
 	for _, r := range chunks(offer.Ranges) {
-		if err := s.ask(ctx, proc, func() error { return e.kernel.Merge(ctx, s.partition.name, pid, r) }); err != nil {
+		if err := s.take(ctx, proc, func() error { return e.kernel.Merge(ctx, s.partition.name, pid, r) }); err != nil {
 			s.failed(err)
 			return false
 		}
@@ -357,12 +357,76 @@ func (s *pass) ask(ctx context.Context, proc handle, call func() error) error {
 	})
 }
 
+// take asks the kernel for what binds a process to the partition. An engine before this
+// one may have bound it to another of ours, by a policy that it was given: it is let go
+// there first.
+func (s *pass) take(ctx context.Context, proc handle, call func() error) error {
+	return s.ask(ctx, proc, func() error {
+		err := call()
+		if errors.Is(err, kernel.ErrBusy) && s.partition.engine.letGo(s.partition, proc.Pid()) {
+			err = call()
+		}
+		return err
+	})
+}
+
+// letGo unbinds a process from those partitions of ours in which no member claims it, so
+// that their workers ask for nothing about it, other than one. It reports whether there
+// are any.
+func (e *Engine) letGo(but *partition, pid int) bool {
+	if !e.features.Bind {
+		return false
+	}
+	// If they cannot be listed, the process stays where it is.
+	names, _ := e.kernel.Partitions()
+	tried := false
+	for _, name := range names {
+		if name != but.name && e.owned(name) && !e.claimed(name, pid) {
+			// If it is not there, or is let go already, all is well.
+			_ = e.kernel.Unbind(name, pid)
+			tried = true
+		}
+	}
+	return tried
+}
+
+// claimed reports whether a process is of a member of a partition, or may be.
+func (e *Engine) claimed(name string, pid int) bool {
+	e.mu.Lock()
+	var paths []string
+	if p := e.partitions[name]; p != nil {
+		for _, m := range p.members {
+			paths = append(paths, m.CgroupsPath)
+		}
+	}
+	e.mu.Unlock()
+	return slices.ContainsFunc(paths, func(path string) bool {
+		member, err := e.host.member(path, pid)
+		return member || err != nil
+	})
+}
+
+// removing reports whether there is a partition that is to be removed, with all that is
+// bound to it.
+func (e *Engine) removing() bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	for _, p := range e.partitions {
+		if len(p.members) == 0 {
+			return true
+		}
+	}
+	return false
+}
+
 // failed takes note of why a process was not merged, or not to its end.
 func (s *pass) failed(err error) {
 	switch {
 	case errors.Is(err, context.Canceled), gone(err):
 	case errors.Is(err, kernel.ErrNoPartition):
 		s.partition.vanished(err)
+	case errors.Is(err, kernel.ErrBusy) && s.partition.engine.removing():
+		s.wait()
 	default:
 		s.partition.count(err)
 		s.partition.engine.warn(s.member, "container is not merged", err)

@@ -327,6 +327,86 @@ func TestBinding(t *testing.T) {
 	})
 }
 
+// What an engine before has bound by another policy is let go where it was, also if others
+// are merged there on.
+func TestBoundByAnotherPolicy(t *testing.T) {
+	for name, tc := range map[string]struct {
+		optedIn bool
+		asked   string // what is refused at first
+	}{"bound": {false, "bind own-1 11"}, "merged": {true, "merge own-1 11 1000-5000"}} {
+		t.Run(name, func(t *testing.T) {
+			on(t, kernel.Features{Bind: true}, func(b *bench) {
+				b.configure(func(s *Settings) { s.OptedIn, s.StartDelays = tc.optedIn, []time.Duration{0} })
+				a, c := b.container("a", "own-1", 11), b.container("c", "own-2", 12)
+				b.set(func(m *machine) {
+					for _, name := range []string{"own-2", "own-3", "theirs"} {
+						m.partitions[name] = true
+					}
+					m.bound[11], m.bound[12] = "own-2", "own-2"
+				})
+				b.failWith(func(call string) error {
+					b.machine.mu.Lock()
+					defer b.machine.mu.Unlock()
+					if call == tc.asked && b.bound[11] == "own-2" {
+						return kernel.ErrBusy
+					}
+					return nil
+				})
+				if err := b.Reconcile(nil, []Container{a, c}); err != nil {
+					t.Fatal(err)
+				}
+				time.Sleep(2 * afterMove)
+				synctest.Wait()
+				calls := b.took()
+				let := slices.Index(calls, "unbind own-2 11")
+				if let < 0 || !slices.Contains(calls[let:], "merge own-1 11 1000-5000") ||
+					slices.Contains(calls, "unbind own-2 12") || slices.Contains(calls, "unbind theirs 11") {
+					t.Errorf("calls are %q", calls)
+				}
+				for _, c := range b.Status() {
+					if c.Containers[0].Reason != "" {
+						t.Errorf("%s: %s", c.Name, c.Containers[0].Reason)
+					}
+				}
+			})
+		})
+	}
+}
+
+// One that is still being let go is tried again soon.
+func TestBoundWhereAPartitionGoes(t *testing.T) {
+	on(t, kernel.Features{Bind: true}, func(b *bench) {
+		b.configure(func(s *Settings) { s.StartDelays = []time.Duration{0} })
+		b.set(func(m *machine) { m.partitions["own-old"], m.bound[11] = true, "own-old" })
+		goOn := make(chan struct{})
+		b.failWith(func(call string) error {
+			switch call {
+			case "remove own-old":
+				<-goOn
+				b.set(func(m *machine) { delete(m.bound, 11) })
+			case "unbind own-old 11":
+				return kernel.ErrBusy
+			}
+			return nil
+		})
+		if err := b.Reconcile(nil, []Container{b.container("a", "own-1", 11)}); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(3 * time.Second)
+		synctest.Wait()
+		if calls := b.took(); slices.ContainsFunc(calls, func(c string) bool { return strings.HasPrefix(c, "merge") }) {
+			t.Errorf("calls are %q", calls)
+		}
+		close(goOn)
+		time.Sleep(afterMove)
+		synctest.Wait()
+		if calls := b.took(); !slices.Contains(calls, "merge own-1 11 1000-5000") {
+			t.Errorf("calls are %q", calls)
+		}
+		b.expectLog("a: merged")
+	})
+}
+
 // The engine opts nobody in if it is not to, and lets go those that the kernel has
 // bound at their merge.
 func TestOptedIn(t *testing.T) {
