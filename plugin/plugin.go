@@ -152,9 +152,10 @@ type plugin struct {
 	// ignoredCount is how many there were ever.
 	ignored      map[string][]config.Ignored
 	ignoredCount int
-	// vmms are the pods' sandboxes of which the engine knows a VMM, and mixed those whose
-	// containers were not all of one partition.
-	vmms, mixed map[string]bool
+	// vmms are the pods' sandboxes of which the engine knows a VMM, and guests what is known
+	// of those whose containers are in one, both by the sandboxes' ids.
+	vmms   map[string]bool
+	guests map[string]*guest
 
 	mu    sync.Mutex // taken after turn
 	state state      // protected by mu
@@ -163,7 +164,7 @@ type plugin struct {
 func newPlugin(o Options) *plugin {
 	return &plugin{
 		Options: o, subjects: map[string]*subject{}, ignored: map[string][]config.Ignored{},
-		vmms: map[string]bool{}, mixed: map[string]bool{},
+		vmms: map[string]bool{}, guests: map[string]*guest{},
 	}
 }
 
