@@ -176,6 +176,11 @@ func Run(ctx context.Context, all inventory.Inventory, partition func(inventory.
 
 // look reads which frames all processes have that may be merged.
 func (a *audit) look(ctx context.Context) error {
+	// Before the containers' own: what one forks meanwhile is not taken for the machine's.
+	all, err := process.All()
+	if err != nil {
+		return err
+	}
 	inContainer := map[int]bool{}
 	for i, c := range a.containers {
 		pids, err := c.Pids()
@@ -192,11 +197,7 @@ func (a *audit) look(ctx context.Context) error {
 			}
 		}
 	}
-	others, err := process.All()
-	if err != nil {
-		return err
-	}
-	for _, pid := range others {
+	for _, pid := range all {
 		if inContainer[pid] {
 			continue
 		}
