@@ -33,7 +33,8 @@ const (
 
 // errNotOptedIn is why processes that nobody made mergeable are left out.
 var errNotOptedIn = errors.New("the kernel says that their memory is not mergeable: " +
-	"they joined by exec, or the container was created while the plugin was away, or prctl(PR_SET_MEMORY_MERGE) is not allowed to it")
+	"they joined by exec, or the container was created while the plugin was away, or prctl(PR_SET_MEMORY_MERGE) is not allowed to it; " +
+	"or, with optIn: ambient, the runtime was started without it")
 
 // look is a process as it was when all that it offered had been merged.
 type look struct {
