@@ -106,6 +106,9 @@ func runStatus(args []string) error {
 	flags.BoolVar(&asJSON, "json", false, "")
 	flags.Var(&watch, "watch", "")
 	if err := parse(flags, args); err != nil {
+		if watch != 0 && new(interval).Set(flags.Arg(0)) == nil {
+			return fmt.Errorf("status: write -watch=%s: %w", flags.Arg(0), errUsage)
+		}
 		return err
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
