@@ -57,7 +57,7 @@ func runAudit(args []string) error {
 		return fmt.Errorf("audit: %w", err)
 	}
 	if asJSON {
-		err = printJSON(report)
+		err = writeJSON(os.Stdout, report)
 	} else {
 		showAudit(os.Stdout, report)
 	}

@@ -115,11 +115,7 @@ func runStatus(args []string) error {
 	defer stop()
 	write := show.Status
 	if asJSON {
-		write = func(w io.Writer, r control.Report) error {
-			out := json.NewEncoder(w)
-			out.SetIndent("", "  ")
-			return out.Encode(r)
-		}
+		write = func(w io.Writer, r control.Report) error { return writeJSON(w, r) }
 	}
 	for first := true; ; first = false {
 		r, err := control.Ask(ctx, engine.RunDir)
@@ -152,6 +148,14 @@ func runStatus(args []string) error {
 	}
 }
 
+// writeJSON writes something for programs.
+func writeJSON(w io.Writer, v any) error {
+	out := json.NewEncoder(w)
+	out.SetIndent("", "  ")
+	return out.Encode(v)
+}
+
+// isTerminal reports whether a file is one.
 func isTerminal(f *os.File) bool {
 	_, err := unix.IoctlGetTermios(int(f.Fd()), unix.TCGETS)
 	return err == nil
