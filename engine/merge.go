@@ -9,10 +9,10 @@ import (
 	"time"
 
 	"github.com/sirupsen/logrus"
-	"golang.org/x/sys/unix"
 
 	"github.com/selective-ksm/selective-ksm/engine/kernel"
 	"github.com/selective-ksm/selective-ksm/engine/memory"
+	"github.com/selective-ksm/selective-ksm/engine/process"
 )
 
 const (
@@ -436,7 +436,7 @@ func (s *pass) failed(err error) {
 
 // gone reports whether an error is that a process or a cgroup is gone.
 func gone(err error) bool {
-	return errors.Is(err, kernel.ErrNoProcess) || errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ESRCH)
+	return errors.Is(err, kernel.ErrNoProcess) || process.Gone(err)
 }
 
 // repair sees to a number that was bound or merged and whose process exited

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"os"
 	"slices"
 
@@ -15,6 +14,7 @@ import (
 	"github.com/selective-ksm/selective-ksm/engine/frame"
 	"github.com/selective-ksm/selective-ksm/engine/kernel"
 	"github.com/selective-ksm/selective-ksm/engine/memory"
+	"github.com/selective-ksm/selective-ksm/engine/process"
 )
 
 // batch is how many entries of a page table are read at a time. The kernel holds the
@@ -269,11 +269,11 @@ func (r *reader) second(ctx context.Context, h *held) error {
 	defer func() { h.runs = nil }()
 	now, err := memory.ActivityOf(h.pid)
 	if err != nil || now.Start != h.start {
-		return ignoreGone(err)
+		return process.UnlessGone(err)
 	}
 	table, mem, err := open(h.pid)
 	if err != nil {
-		return ignoreGone(err)
+		return process.UnlessGone(err)
 	}
 	defer table.Close()
 	defer mem.Close()
@@ -310,21 +310,9 @@ func (r *reader) second(ctx context.Context, h *held) error {
 	}
 	if now, err := memory.ActivityOf(h.pid); err != nil || now.Start != h.start {
 		h.stable = 0
-		return ignoreGone(err)
+		return process.UnlessGone(err)
 	}
 	return nil
-}
-
-// gone reports whether an error is that a process is gone.
-func gone(err error) bool {
-	return errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ESRCH)
-}
-
-func ignoreGone(err error) error {
-	if gone(err) {
-		return nil
-	}
-	return err
 }
 
 // frames is a set of frames: a bit for each of the machine's, 32 KiB for a GiB.
