@@ -67,8 +67,9 @@ func TestHandlers(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			p := newPlugin(Options{Engine: e, Log: log, Interface: "sysfs"})
 			p.use(config.Default(), "")
-			// Far more than a handler takes, and far less than something that is waited for.
-			const long = time.Second
+			// Far more than a handler takes, on a machine that is busy too. What is stuck takes
+			// for ever.
+			const long = 10 * time.Second
 			handled := func(what string, handle func() error) {
 				t.Helper()
 				began := time.Now()
