@@ -93,7 +93,7 @@ var ErrConfig = errors.New("configuration from the runtime")
 // the runtime launched this process: then it will launch another one, and Run
 // returns nil. Errors are that there is no socket to connect to at the start, or
 // [ErrConfig]. A socket that nobody listens on is what a runtime leaves that was
-// killed: Run waits for the next one.
+// killed: Run waits for the next one, which removes the socket before it has its own.
 func Run(ctx context.Context, o Options) error {
 	p := newPlugin(o)
 	if o.Config != nil {
@@ -115,7 +115,7 @@ func Run(ctx context.Context, o Options) error {
 		switch {
 		case ctx.Err() != nil:
 			return nil
-		case errors.Is(err, ErrConfig), !connected && !errors.Is(err, unix.ECONNREFUSED):
+		case errors.Is(err, ErrConfig), !connected && !waits && !errors.Is(err, unix.ECONNREFUSED):
 			return err
 		case Launched():
 			p.Log.WithError(err).Info("the runtime closed the connection")
@@ -125,6 +125,8 @@ func Run(ctx context.Context, o Options) error {
 			p.Log.WithError(err).Warn("the runtime does not answer: waiting for it")
 		case !errors.Is(err, errConnect):
 			p.Log.WithError(err).Warn("the runtime closed the connection: connecting again")
+		default:
+			p.Log.WithError(err).Debug("the runtime does not answer yet")
 		}
 		if p.get().synchronized {
 			retry = minRetry
