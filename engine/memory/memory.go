@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/selective-ksm/selective-ksm/engine/kernel"
+	"github.com/selective-ksm/selective-ksm/engine/process"
 )
 
 // maxGap is the most memory, in bytes, that does not qualify and is offered
@@ -136,6 +137,19 @@ func Mergeable(pid int) (bool, error) {
 	}
 	defer smaps.Close()
 	return anyMergeable(smaps)
+}
+
+// AllMergeable are the numbers of all processes of the machine whose memory KSM may merge.
+func AllMergeable() ([]int, error) {
+	all, err := process.All()
+	if err != nil {
+		return nil, err
+	}
+	return slices.DeleteFunc(all, func(pid int) bool {
+		// One that has gone, or that may not be looked at, is not ours to see.
+		mergeable, err := Mergeable(pid)
+		return err != nil || !mergeable
+	}), nil
 }
 
 // anyMergeable reads no further than the first mergeable mapping, since the kernel
