@@ -140,16 +140,27 @@ func Mergeable(pid int) (bool, error) {
 }
 
 // AllMergeable are the numbers of all processes of the machine whose memory KSM may merge.
+// An error is also that this cannot be told of one that is there.
 func AllMergeable() ([]int, error) {
 	all, err := process.All()
 	if err != nil {
 		return nil, err
 	}
-	return slices.DeleteFunc(all, func(pid int) bool {
-		// One that has gone, or that may not be looked at, is not ours to see.
-		mergeable, err := Mergeable(pid)
-		return err != nil || !mergeable
-	}), nil
+	return ofThese(all, Mergeable)
+}
+
+func ofThese(pids []int, mergeable func(pid int) (bool, error)) ([]int, error) {
+	var found []int
+	for _, pid := range pids {
+		is, err := mergeable(pid)
+		if process.UnlessGone(err) != nil {
+			return nil, fmt.Errorf("process %d: %w", pid, err)
+		}
+		if err == nil && is {
+			found = append(found, pid)
+		}
+	}
+	return found, nil
 }
 
 // anyMergeable reads no further than the first mergeable mapping, since the kernel
