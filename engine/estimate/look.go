@@ -118,7 +118,8 @@ func (r *reader) first(ctx context.Context, pid int, o memory.Options, read func
 		return nil, offer, n, err
 	}
 	h := &held{pid: pid, start: activity.Start}
-	h.hashes = make([]uint64, 0, offer.Bytes/pageSize/(r.mask+1))
+	// Where the kernel does not tell what is present, the offer is all that may be.
+	h.hashes = make([]uint64, 0, min(offer.Bytes/pageSize, activity.Resident)/(r.mask+1))
 	for _, part := range offer.Ranges {
 		for at := part.Start; at < part.End; at += batch * pageSize {
 			if err := ctx.Err(); err != nil {
