@@ -23,6 +23,7 @@ import (
 	"maps"
 	"math/rand/v2"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -59,6 +60,12 @@ type Container struct {
 	// anything.
 	Because string
 	Cause   Cause
+}
+
+// Path is what people call it, NAMESPACE/POD/NAME, without what is not known.
+func (c Container) Path() string {
+	parts := []string{c.Namespace, c.Pod, c.Name}
+	return strings.Join(slices.DeleteFunc(parts, func(s string) bool { return s == "" }), "/")
 }
 
 // same reports whether two are to be merged in the same way.

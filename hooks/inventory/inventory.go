@@ -57,10 +57,7 @@ func (c Container) Pids() ([]int, error) {
 }
 
 // String is what people call the container.
-func (c Container) String() string {
-	parts := []string{c.Namespace, c.Pod, c.Name}
-	return strings.Join(slices.DeleteFunc(parts, func(s string) bool { return s == "" }), "/")
-}
+func (c Container) String() string { return c.Path() }
 
 // Inventory is what runs.
 type Inventory struct {
