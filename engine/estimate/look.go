@@ -118,8 +118,9 @@ func (r *reader) first(ctx context.Context, pid int, o memory.Options, read func
 		return nil, offer, n, err
 	}
 	h := &held{pid: pid, start: activity.Start}
-	// Where the kernel does not tell what is present, the offer is all that may be.
-	h.hashes = make([]uint64, 0, min(offer.Bytes/pageSize, activity.Resident)/(r.mask+1))
+	// Where the kernel does not tell what is present, the offer is all that may be. What is
+	// resident it does not know to the page.
+	h.hashes = make([]uint64, 0, min(offer.Bytes/pageSize, activity.Resident*9/8)/(r.mask+1))
 	for _, part := range offer.Ranges {
 		for at := part.Start; at < part.End; at += batch * pageSize {
 			if err := ctx.Err(); err != nil {
