@@ -62,12 +62,21 @@ func (p *partition) unmerge(ctx context.Context) error {
 	}
 	p.merged = 0
 	e.mu.Lock()
+	held := p.unmerged()
+	e.mu.Unlock()
+	if held {
+		p.log.Info("partition is unmerged, and is not merged until somebody asks for it")
+	}
+	return nil
+}
+
+// unmerged says that nothing is merged in a partition, and reports whether it is held.
+// e.mu is held.
+func (p *partition) unmerged() bool {
 	if p.hold == HoldUnmerging {
 		p.hold = HoldUnmerged
 	}
-	e.mu.Unlock()
-	p.log.Info("partition is unmerged, and is not merged until somebody asks for it")
-	return nil
+	return p.hold == HoldUnmerged
 }
 
 // RemoveAll unmerges and removes all partitions of ours, when [Engine.Run] has returned

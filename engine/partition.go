@@ -330,6 +330,9 @@ func (p *partition) answer(err error) {
 	p.engine.mu.Lock()
 	defer p.engine.mu.Unlock()
 	p.refused = err
+	if errors.Is(err, kernel.ErrKeptOut) {
+		p.unmerged()
+	}
 	select {
 	case <-p.tried:
 	default:
