@@ -135,6 +135,7 @@ type Engine struct {
 	host     host
 	jitter   func(time.Duration) time.Duration
 	budget   *budget.Budget
+	began    time.Time
 	workers  sync.WaitGroup
 	untold   sync.Once     // that pods have no pressure stall information
 	beat     chan struct{} // is received from by the sweep, whenever it has nothing to do
@@ -196,6 +197,7 @@ func New(o Options) *Engine {
 		host:       linux{cgroupRoot: cgroup.DefaultRoot},
 		jitter:     func(d time.Duration) time.Duration { return rand.N(d/10 + 1) },
 		budget:     budget.New(o.Settings.Budget),
+		began:      time.Now(),
 		partitions: map[string]*partition{},
 		members:    map[string]*member{},
 		departed:   map[string][]*member{},

@@ -90,7 +90,9 @@ const together = 100 * time.Millisecond
 func (p *partition) mergeAt(t time.Time) {
 	now := time.Now()
 	if t.After(now) {
-		t = t.Add(together - 1).Truncate(together)
+		// Not by the time of day, which may be set.
+		began := p.engine.began
+		t = began.Add((t.Sub(began) + together - 1).Truncate(together))
 	}
 	if !slices.ContainsFunc(p.due, func(other time.Time) bool {
 		return other.Equal(t) || !other.After(now) && !t.After(now)
