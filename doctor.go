@@ -99,7 +99,7 @@ func prerequisites(cfg config.Config, socket string) []prerequisite {
 	all = append(all, prerequisite{what, true, err, "kernel/README.md has kernels, and README.md what each can do"})
 	wraps := cfg.OptIn == config.OptInWrapper
 	if k != nil {
-		wraps = wraps || !k.Features().Bind
+		wraps = wraps || cfg.OptIn == config.OptInAuto && !k.Features().Bind
 		if k.Features().OneSpace {
 			all = append(all, prerequisite{"merge space that is nobody else's", false, sharers(),
 				"end these processes, or do not have them mergeable: nothing is merged beside those of other containers"})
