@@ -2,7 +2,7 @@
 // memory is merged.
 //
 // Each partition has one worker, which alone asks the kernel for anything about
-// it: it adds the partition, merges its members, unmerges those that leave, and
+// its members: it adds the partition, merges its members, unmerges those that leave, and
 // removes it with the last of them. All else only changes what the worker will
 // find, so that no caller waits for a merge. The workers share a budget of CPU time
 // (package budget), out of which they take turns.
