@@ -57,7 +57,7 @@ func runAudit(args []string) error {
 		return fmt.Errorf("audit: %w", err)
 	}
 	if asJSON {
-		err = printJSON(report)
+		err = writeJSON(os.Stdout, report)
 	} else {
 		showAudit(os.Stdout, report)
 	}
@@ -67,7 +67,8 @@ func runAudit(args []string) error {
 	return err
 }
 
-// looks is how often is looked again if containers changed their partitions meanwhile.
+// looks is how often is looked again if containers changed their partitions meanwhile, or
+// were started.
 const looks = 5
 
 // auditNow audits what runs, by the partitions of the running engine if there is one and
@@ -89,19 +90,33 @@ func auditNow(ctx context.Context, policy config.Config, byPolicy bool) (audit.R
 		if err != nil {
 			return audit.Report{}, err
 		}
-		now := map[string]string{}
-		for _, c := range again.Containers {
-			now[c.ID] = partitionBy(again.Engine && !byPolicy, policy)(c)
-		}
-		moved := func(s audit.Side) bool {
-			partition, there := now[s.ID]
-			return there && s.ID != "" && partition != s.Partition
-		}
+		moved := movedTo(again, partitionBy(again.Engine && !byPolicy, policy))
 		if !slices.ContainsFunc(slices.Concat(report.Crossings, report.Outside), func(c audit.Crossing) bool { return moved(c.A) || moved(c.B) }) {
 			return report, nil
 		}
 	}
 	return audit.Report{}, errors.New("containers changed their partitions at each look: nothing is proved")
+}
+
+// movedTo says what has changed its partition since it was looked at, or has been seen to be
+// of a container that was not known then.
+func movedTo(now inventory.Inventory, partition func(inventory.Container) string) func(audit.Side) bool {
+	partitions, contained := map[string]string{}, map[int]bool{}
+	for _, c := range now.Containers {
+		partitions[c.ID] = partition(c)
+		// Of one that is gone nothing is known any more.
+		pids, _ := c.Pids()
+		for _, pid := range pids {
+			contained[pid] = true
+		}
+	}
+	return func(s audit.Side) bool {
+		if s.ID == "" {
+			return contained[s.PID]
+		}
+		now, there := partitions[s.ID]
+		return there && now != s.Partition
+	}
 }
 
 // partitionBy says how the partition of a container is found.

@@ -23,7 +23,6 @@ import (
 	"github.com/selective-ksm/selective-ksm/engine/memory"
 	"github.com/selective-ksm/selective-ksm/engine/optin"
 	"github.com/selective-ksm/selective-ksm/engine/pressure"
-	"github.com/selective-ksm/selective-ksm/engine/process"
 )
 
 // prerequisite is something that the engine needs, or could use.
@@ -100,7 +99,7 @@ func prerequisites(cfg config.Config, socket string) []prerequisite {
 	all = append(all, prerequisite{what, true, err, "kernel/README.md has kernels, and README.md what each can do"})
 	wraps := cfg.OptIn == config.OptInWrapper
 	if k != nil {
-		wraps = wraps || !k.Features().Bind
+		wraps = wraps || cfg.OptIn == config.OptInAuto && !k.Features().Bind
 		if k.Features().OneSpace {
 			all = append(all, prerequisite{"merge space that is nobody else's", false, sharers(),
 				"end these processes, or do not have them mergeable: nothing is merged beside those of other containers"})
@@ -139,13 +138,7 @@ func prerequisites(cfg config.Config, socket string) []prerequisite {
 
 // sharers says who shares the merge space.
 func sharers() error {
-	all, err := process.All()
-	var found []int
-	for _, pid := range all {
-		if mergeable, err := memory.Mergeable(pid); err == nil && mergeable {
-			found = append(found, pid)
-		}
-	}
+	found, err := memory.AllMergeable()
 	if err == nil && len(found) > 0 {
 		err = fmt.Errorf("processes %d share it", found)
 	}

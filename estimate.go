@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"encoding/json"
 	"fmt"
 	"io"
 	"maps"
@@ -14,8 +13,6 @@ import (
 	"syscall"
 	"text/tabwriter"
 	"time"
-
-	"golang.org/x/sys/unix"
 
 	"github.com/selective-ksm/selective-ksm/engine"
 	"github.com/selective-ksm/selective-ksm/engine/control/page"
@@ -72,7 +69,7 @@ func runEstimate(args []string) error {
 		return err
 	}
 	done := func() {}
-	if terminal(os.Stderr) {
+	if isTerminal(os.Stderr) {
 		o.Progress, done = progress(os.Stderr)
 	}
 	report, err := estimate.Run(ctx, all, o)
@@ -81,15 +78,9 @@ func runEstimate(args []string) error {
 		return err
 	}
 	if asJSON {
-		return printJSON(report)
+		return writeJSON(os.Stdout, report)
 	}
 	return showEstimate(os.Stdout, report)
-}
-
-// terminal reports whether a file is one.
-func terminal(f *os.File) bool {
-	_, err := unix.IoctlGetTermios(int(f.Fd()), unix.TCGETS)
-	return err == nil
 }
 
 // progress shows how much has been read, until it is done.
@@ -107,12 +98,6 @@ func progress(out io.Writer) (read func(look int, pages uint64), done func()) {
 		fmt.Fprintf(out, "\rlook %d: %s \x1b[K", look, page.Size(total[look]*uint64(os.Getpagesize())))
 	}
 	return read, func() { fmt.Fprint(out, "\r\x1b[K") }
-}
-
-func printJSON(v any) error {
-	out := json.NewEncoder(os.Stdout)
-	out.SetIndent("", "  ")
-	return out.Encode(v)
 }
 
 // showEstimate shows a report to people.

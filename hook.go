@@ -188,13 +188,10 @@ func runWorker(args []string) (err error) {
 		return err
 	}
 	log := logrus.New()
-	log.SetOutput(io.Discard)
+	out := io.Discard
 	if w, err := syslog.New(syslog.LOG_DAEMON|syslog.LOG_INFO, "selective-ksm"); err == nil {
 		defer w.Close()
-		log.SetOutput(w)
-	}
-	if err := setLog(log, cfg); err != nil {
-		return fmt.Errorf("%s: %w", path, err)
+		out = w
 	}
 	defer func() {
 		// Nobody reads its standard error.
@@ -202,6 +199,9 @@ func runWorker(args []string) (err error) {
 			log.WithError(err).Error("containers that hooks have told of are not merged")
 		}
 	}()
+	if err := workerLog(log, out, cfg); err != nil {
+		return fmt.Errorf("%s: %w", path, err)
+	}
 	if cfg.Interface == config.InterfaceSyscall {
 		return errors.New("interface: syscall: a partition ends with the engine: run selective-ksm daemon")
 	}
@@ -225,6 +225,16 @@ func runWorker(args []string) (err error) {
 	}
 	defer log.Debug("worker ended")
 	return h.run(w, w.Work)
+}
+
+// workerLog makes the log of a worker as it is configured, which goes to the system's log
+// where no file is named for it.
+func workerLog(log *logrus.Logger, system io.Writer, cfg config.Config) error {
+	err := setLog(log, cfg)
+	if err != nil || cfg.LogFile == "" {
+		log.SetOutput(system)
+	}
+	return err
 }
 
 // forever is longer than any worker works.

@@ -106,17 +106,16 @@ func runStatus(args []string) error {
 	flags.BoolVar(&asJSON, "json", false, "")
 	flags.Var(&watch, "watch", "")
 	if err := parse(flags, args); err != nil {
+		if watch != 0 && new(interval).Set(flags.Arg(0)) == nil {
+			return fmt.Errorf("status: write -watch=%s: %w", flags.Arg(0), errUsage)
+		}
 		return err
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	write := show.Status
 	if asJSON {
-		write = func(w io.Writer, r control.Report) error {
-			out := json.NewEncoder(w)
-			out.SetIndent("", "  ")
-			return out.Encode(r)
-		}
+		write = func(w io.Writer, r control.Report) error { return writeJSON(w, r) }
 	}
 	for first := true; ; first = false {
 		r, err := control.Ask(ctx, engine.RunDir)
@@ -149,6 +148,14 @@ func runStatus(args []string) error {
 	}
 }
 
+// writeJSON writes something for programs.
+func writeJSON(w io.Writer, v any) error {
+	out := json.NewEncoder(w)
+	out.SetIndent("", "  ")
+	return out.Encode(v)
+}
+
+// isTerminal reports whether a file is one.
 func isTerminal(f *os.File) bool {
 	_, err := unix.IoctlGetTermios(int(f.Fd()), unix.TCGETS)
 	return err == nil

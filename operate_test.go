@@ -31,6 +31,15 @@ func TestInterval(t *testing.T) {
 	}
 }
 
+// Who writes a space before the duration is told how it is written.
+func TestWatchWithSpace(t *testing.T) {
+	for args, part := range map[string]string{"-watch 5s": "write -watch=5s", "-watch now": `argument "now"`, "5s": `argument "5s"`} {
+		if err := runStatus(strings.Fields(args)); !errors.Is(err, errUsage) || !strings.Contains(err.Error(), part) {
+			t.Errorf("%s: got %v, want %q", args, err, part)
+		}
+	}
+}
+
 func TestOneArgument(t *testing.T) {
 	for _, tc := range []struct {
 		args   []string

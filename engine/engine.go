@@ -2,7 +2,7 @@
 // memory is merged.
 //
 // Each partition has one worker, which alone asks the kernel for anything about
-// it: it adds the partition, merges its members, unmerges those that leave, and
+// its members: it adds the partition, merges its members, unmerges those that leave, and
 // removes it with the last of them. All else only changes what the worker will
 // find, so that no caller waits for a merge. The workers share a budget of CPU time
 // (package budget), out of which they take turns.
@@ -23,6 +23,7 @@ import (
 	"maps"
 	"math/rand/v2"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -59,6 +60,12 @@ type Container struct {
 	// anything.
 	Because string
 	Cause   Cause
+}
+
+// Path is what people call it, NAMESPACE/POD/NAME, without what is not known.
+func (c Container) Path() string {
+	parts := []string{c.Namespace, c.Pod, c.Name}
+	return strings.Join(slices.DeleteFunc(parts, func(s string) bool { return s == "" }), "/")
 }
 
 // same reports whether two are to be merged in the same way.
@@ -128,6 +135,7 @@ type Engine struct {
 	host     host
 	jitter   func(time.Duration) time.Duration
 	budget   *budget.Budget
+	began    time.Time
 	workers  sync.WaitGroup
 	untold   sync.Once     // that pods have no pressure stall information
 	beat     chan struct{} // is received from by the sweep, whenever it has nothing to do
@@ -138,6 +146,7 @@ type Engine struct {
 	ctx        context.Context // of Run; nil before and after it
 	partitions map[string]*partition
 	members    map[string]*member   // by the container's id
+	departed   map[string][]*member // those whose memory may be where they left, by their ids
 	outside    map[string]Container // those in no partition, by their ids
 	settings   Settings
 	// relieved is when merges were last brought forward for the node.
@@ -156,10 +165,10 @@ type member struct {
 	// ctx ends when the container leaves.
 	ctx   context.Context
 	leave context.CancelFunc
-	// before is closed when the container's memory is out of the partition that it was
-	// in before; nil if there was none. left is that for this one.
-	before <-chan struct{}
+	// left is closed when the container's memory is out of the partition. before are those
+	// of the partitions that it was in before, as far as they are not.
 	left   chan struct{}
+	before []<-chan struct{}
 
 	// Protected by Engine.mu.
 	started time.Time // zero before
@@ -188,8 +197,10 @@ func New(o Options) *Engine {
 		host:       linux{cgroupRoot: cgroup.DefaultRoot},
 		jitter:     func(d time.Duration) time.Duration { return rand.N(d/10 + 1) },
 		budget:     budget.New(o.Settings.Budget),
+		began:      time.Now(),
 		partitions: map[string]*partition{},
 		members:    map[string]*member{},
+		departed:   map[string][]*member{},
 		outside:    map[string]Container{},
 		settings:   o.Settings,
 		beat:       make(chan struct{}),
@@ -357,9 +368,10 @@ func (e *Engine) Reconcile(created, running []Container) error {
 		known[c.ID], needed[c.Partition] = true, true
 	}
 	// A kernel that does not remove one partition alone keeps what is merged in it, and
-	// nothing there keeps a process from being merged in two.
+	// nothing there keeps a process from being merged in two. Where they cannot be listed,
+	// there may be one.
 	orphan := func(name string) bool { return e.owned(name) && !needed[name] && e.partitions[name] == nil }
-	unmerge := e.features.WideRemoval && !e.features.OneSpace && slices.ContainsFunc(existing, orphan)
+	unmerge := e.features.WideRemoval && !e.features.OneSpace && (err != nil || slices.ContainsFunc(existing, orphan))
 	for _, c := range slices.Concat(running, created) {
 		before := e.members[c.ID]
 		e.join(c)
@@ -432,13 +444,11 @@ func (e *Engine) join(c Container) *partition {
 		return nil
 	}
 	delete(e.outside, c.ID)
-	var before chan struct{}
 	if m := e.members[c.ID]; m != nil {
 		if m.same(c) {
 			m.Because, m.Cause = c.Because, c.Cause
 			return m.partition
 		}
-		before = m.left
 		started := m.started
 		e.stop(c.ID)
 		defer func() {
@@ -455,10 +465,12 @@ func (e *Engine) join(c Container) *partition {
 		}),
 		partition: p,
 		added:     time.Now(),
-		before:    before,
 		left:      make(chan struct{}),
 		warned:    told{},
 		seen:      map[int]look{},
+	}
+	for _, was := range e.departed[c.ID] {
+		m.before = append(m.before, was.left)
 	}
 	m.ctx, m.leave = context.WithCancel(context.Background())
 	e.members[c.ID], p.members[c.ID] = m, m
@@ -500,12 +512,22 @@ func (e *Engine) stop(id string) {
 	delete(e.members, id)
 	delete(p.members, id)
 	p.leaving = append(p.leaving, m)
+	e.departed[id] = append(e.departed[id], m)
 	p.poke()
 	if e.features.WideRemoval && len(p.members) == 0 {
 		// Others may have waited for this one with their removal, or with their turn.
 		for _, other := range e.partitions {
 			other.poke()
 		}
+	}
+}
+
+// parted says that the memory of one that left is out of its partition. e.mu is held.
+func (e *Engine) parted(m *member) {
+	close(m.left)
+	rest := slices.DeleteFunc(e.departed[m.ID], func(other *member) bool { return other == m })
+	if e.departed[m.ID] = rest; len(rest) == 0 {
+		delete(e.departed, m.ID)
 	}
 }
 

@@ -231,7 +231,8 @@ func troubled(t *testing.T, f kernel.Features, trouble func(b *bench, called str
 			if words[1] == "theirs" {
 				t.Errorf("asked for %q", c)
 			}
-			if len(words) > 2 && want[words[2]] != words[1] {
+			// Somebody may have to be let go elsewhere.
+			if len(words) > 2 && words[0] != "unbind" && want[words[2]] != words[1] {
 				t.Errorf("asked for %q of a process of %s", c, want[words[2]])
 			}
 		}

@@ -43,10 +43,6 @@ func (e *Engine) Unmerge(name string) error {
 	return nil
 }
 
-// looksForChildren is how often the processes of a container are looked for that one has
-// forked before it was unmerged.
-const looksForChildren = 8
-
 // unmerge does what [Engine.Unmerge] has asked for, if it has.
 func (p *partition) unmerge(ctx context.Context) error {
 	e := p.engine
@@ -59,45 +55,28 @@ func (p *partition) unmerge(ctx context.Context) error {
 	var errs []error
 	for _, m := range members {
 		clear(m.seen)
-		errs = append(errs, p.unmergeOne(ctx, m))
+		errs = append(errs, p.eachProcess(m, func(pid int) error { return e.kernel.Unmerge(ctx, p.name, pid) }))
 	}
 	if err := errors.Join(errs...); err != nil {
 		return err
 	}
 	p.merged = 0
 	e.mu.Lock()
-	if p.hold == HoldUnmerging {
-		p.hold = HoldUnmerged
-	}
+	held := p.unmerged()
 	e.mu.Unlock()
-	p.log.Info("partition is unmerged, and is not merged until somebody asks for it")
+	if held {
+		p.log.Info("partition is unmerged, and is not merged until somebody asks for it")
+	}
 	return nil
 }
 
-// unmergeOne unmerges the processes of a container, and those that they fork meanwhile.
-func (p *partition) unmergeOne(ctx context.Context, m *member) error {
-	done := map[int]bool{}
-	for range looksForChildren {
-		processes, err := p.engine.host.open(m.CgroupsPath)
-		if err != nil && !gone(err) {
-			return err
-		}
-		more := false
-		var errs []error
-		for _, proc := range processes {
-			if pid := proc.Pid(); !done[pid] {
-				done[pid], more = true, true
-				if err := p.engine.kernel.Unmerge(ctx, p.name, pid); !gone(err) && !errors.Is(err, kernel.ErrNoPartition) {
-					errs = append(errs, err)
-				}
-			}
-			proc.Close()
-		}
-		if err := errors.Join(errs...); err != nil || !more {
-			return err
-		}
+// unmerged says that nothing is merged in a partition, and reports whether it is held.
+// e.mu is held.
+func (p *partition) unmerged() bool {
+	if p.hold == HoldUnmerging {
+		p.hold = HoldUnmerged
 	}
-	return fmt.Errorf("container %s forks faster than it is unmerged", m.ID)
+	return p.hold == HoldUnmerged
 }
 
 // RemoveAll unmerges and removes all partitions of ours, when [Engine.Run] has returned

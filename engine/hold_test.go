@@ -118,6 +118,42 @@ func TestHoldEndsMerge(t *testing.T) {
 	})
 }
 
+// One that the kernel keeps out has nothing to unmerge, and nobody who has asked for a merge
+// meanwhile is told that there will be none.
+func TestHoldSettles(t *testing.T) {
+	on(t, oneSpace, func(b *bench) {
+		b.add(b.container("a", "own-1", 11))
+		if err := b.Add(b.Context(), b.container("c", "own-2", 12)); !errors.Is(err, kernel.ErrKeptOut) {
+			t.Fatal(err)
+		}
+		b.failWith(func(call string) error {
+			if call == "unmerge own-1 11" {
+				if err := b.Engine.Merge("own-1"); err != nil {
+					t.Error(err)
+				}
+			}
+			return nil
+		})
+		b.Start("a")
+		synctest.Wait()
+		b.logged.Reset()
+		if err := b.Engine.Unmerge(""); err != nil {
+			t.Fatal(err)
+		}
+		synctest.Wait()
+		for _, p := range b.Status() {
+			if want := map[string]Hold{"own-1": HoldNot, "own-2": HoldUnmerged}[p.Name]; p.Hold != want {
+				t.Errorf("%s is held: %q, want %q", p.Name, p.Hold, want)
+			}
+		}
+		for _, line := range b.messages() {
+			if strings.Contains(line, "is not merged until") {
+				t.Errorf("said %q", line)
+			}
+		}
+	})
+}
+
 // Who asks for it leaves no partition of ours, and others' as they are.
 func TestRemoveAll(t *testing.T) {
 	for name, tc := range map[string]struct {

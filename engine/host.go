@@ -86,21 +86,7 @@ func (l linux) pressed(ctx context.Context, cgroupsPath string, scarce func()) e
 	return pressure.Watch(ctx, filepath.Join(filepath.Dir(dir), "memory.pressure"), scarce)
 }
 
-func (linux) mergeableOnes() ([]int, error) {
-	all, err := process.All()
-	if err != nil {
-		return nil, err
-	}
-	var found []int
-	for _, pid := range all {
-		// One that has gone, or that may not be looked at, is not ours to see.
-		if mergeable, err := memory.Mergeable(pid); err == nil && mergeable {
-			found = append(found, pid)
-		}
-	}
-	return found, nil
-}
-
+func (linux) mergeableOnes() ([]int, error)   { return memory.AllMergeable() }
 func (linux) contained(pid int) bool          { return process.Contained(pid) }
 func (linux) mergeable(pid int) (bool, error) { return memory.Mergeable(pid) }
 func (linux) find(ctx context.Context, pid int, o memory.Options) (memory.Offer, error) {

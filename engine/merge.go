@@ -9,10 +9,10 @@ import (
 	"time"
 
 	"github.com/sirupsen/logrus"
-	"golang.org/x/sys/unix"
 
 	"github.com/selective-ksm/selective-ksm/engine/kernel"
 	"github.com/selective-ksm/selective-ksm/engine/memory"
+	"github.com/selective-ksm/selective-ksm/engine/process"
 )
 
 const (
@@ -33,7 +33,8 @@ const (
 
 // errNotOptedIn is why processes that nobody made mergeable are left out.
 var errNotOptedIn = errors.New("the kernel says that their memory is not mergeable: " +
-	"they joined by exec, or the container was created while the plugin was away, or prctl(PR_SET_MEMORY_MERGE) is not allowed to it")
+	"they joined by exec, or the container was created while the plugin was away, or prctl(PR_SET_MEMORY_MERGE) is not allowed to it; " +
+	"or, with optIn: ambient, the runtime was started without it")
 
 // look is a process as it was when all that it offered had been merged.
 type look struct {
@@ -185,18 +186,16 @@ func (s *pass) run(ctx context.Context) {
 	defer cancel()
 	defer context.AfterFunc(m.ctx, cancel)()
 
-	if m.before != nil {
+	for _, left := range m.before {
 		select {
-		case <-m.before:
+		case <-left:
 		default:
 			// Nothing but us may tie a process to one partition.
-			p.engine.mu.Lock()
-			p.mergeAt(time.Now().Add(afterMove))
-			p.engine.mu.Unlock()
-			s.waits = true
+			s.wait()
 			return
 		}
 	}
+	m.before = nil
 	begin := time.Now()
 	if !s.full && s.quiet() {
 		s.took = time.Since(begin)
@@ -230,6 +229,14 @@ func (s *pass) run(ctx context.Context) {
 		}
 	}
 	s.took = time.Since(begin)
+}
+
+// wait has the container merged when its memory is out of another partition.
+func (s *pass) wait() {
+	s.waits = true
+	s.partition.engine.mu.Lock()
+	defer s.partition.engine.mu.Unlock()
+	s.partition.mergeAt(time.Now().Add(afterMove))
 }
 
 func closeAll(processes []handle) {
@@ -279,7 +286,7 @@ func (s *pass) process(ctx context.Context, proc handle) bool {
 	}
 
 	if e.features.Bind && !s.settings.OptedIn {
-		err := s.ask(ctx, proc, func() error { return e.kernel.Bind(s.partition.name, pid) })
+		err := s.take(ctx, proc, func() error { return e.kernel.Bind(s.partition.name, pid) })
 		if err != nil {
 			s.failed(err)
 			return false
@@ -313,7 +320,7 @@ func (s *pass) process(ctx context.Context, proc handle) bool {
 		return false
 	}
 	for _, r := range chunks(offer.Ranges) {
-		if err := s.ask(ctx, proc, func() error { return e.kernel.Merge(ctx, s.partition.name, pid, r) }); err != nil {
+		if err := s.take(ctx, proc, func() error { return e.kernel.Merge(ctx, s.partition.name, pid, r) }); err != nil {
 			s.failed(err)
 			return false
 		}
@@ -351,12 +358,76 @@ func (s *pass) ask(ctx context.Context, proc handle, call func() error) error {
 	})
 }
 
+// take asks the kernel for what binds a process to the partition. An engine before this
+// one may have bound it to another of ours, by a policy that it was given: it is let go
+// there first.
+func (s *pass) take(ctx context.Context, proc handle, call func() error) error {
+	return s.ask(ctx, proc, func() error {
+		err := call()
+		if errors.Is(err, kernel.ErrBusy) && s.partition.engine.letGo(s.partition, proc.Pid()) {
+			err = call()
+		}
+		return err
+	})
+}
+
+// letGo unbinds a process from those partitions of ours in which no member claims it, so
+// that their workers ask for nothing about it, other than one. It reports whether there
+// are any.
+func (e *Engine) letGo(but *partition, pid int) bool {
+	if !e.features.Bind {
+		return false
+	}
+	// If they cannot be listed, the process stays where it is.
+	names, _ := e.kernel.Partitions()
+	tried := false
+	for _, name := range names {
+		if name != but.name && e.owned(name) && !e.claimed(name, pid) {
+			// If it is not there, or is let go already, all is well.
+			_ = e.kernel.Unbind(name, pid)
+			tried = true
+		}
+	}
+	return tried
+}
+
+// claimed reports whether a process is of a member of a partition, or may be.
+func (e *Engine) claimed(name string, pid int) bool {
+	e.mu.Lock()
+	var paths []string
+	if p := e.partitions[name]; p != nil {
+		for _, m := range p.members {
+			paths = append(paths, m.CgroupsPath)
+		}
+	}
+	e.mu.Unlock()
+	return slices.ContainsFunc(paths, func(path string) bool {
+		member, err := e.host.member(path, pid)
+		return member || err != nil
+	})
+}
+
+// removing reports whether there is a partition that is to be removed, with all that is
+// bound to it.
+func (e *Engine) removing() bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	for _, p := range e.partitions {
+		if len(p.members) == 0 {
+			return true
+		}
+	}
+	return false
+}
+
 // failed takes note of why a process was not merged, or not to its end.
 func (s *pass) failed(err error) {
 	switch {
 	case errors.Is(err, context.Canceled), gone(err):
 	case errors.Is(err, kernel.ErrNoPartition):
 		s.partition.vanished(err)
+	case errors.Is(err, kernel.ErrBusy) && s.partition.engine.removing():
+		s.wait()
 	default:
 		s.partition.count(err)
 		s.partition.engine.warn(s.member, "container is not merged", err)
@@ -365,7 +436,7 @@ func (s *pass) failed(err error) {
 
 // gone reports whether an error is that a process or a cgroup is gone.
 func gone(err error) bool {
-	return errors.Is(err, kernel.ErrNoProcess) || errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ESRCH)
+	return errors.Is(err, kernel.ErrNoProcess) || process.Gone(err)
 }
 
 // repair sees to a number that was bound or merged and whose process exited
@@ -400,7 +471,9 @@ func (p *partition) release(ctx context.Context, leaving []*member) error {
 			p.putBack([]*member{m})
 			errs = append(errs, err)
 		} else {
-			close(m.left)
+			p.engine.mu.Lock()
+			p.engine.parted(m)
+			p.engine.mu.Unlock()
 		}
 	}
 	return errors.Join(errs...)
@@ -409,28 +482,56 @@ func (p *partition) release(ctx context.Context, leaving []*member) error {
 func (p *partition) releaseOne(ctx context.Context, m *member) error {
 	e := p.engine
 	if e.features.OneSpace {
+		e.mu.Lock()
+		stays := p.members[m.ID] != nil
+		e.mu.Unlock()
+		if stays {
+			// It is the same container, and its memory is where it is to be.
+			return nil
+		}
 		if err := p.stillMergeable([]*member{m}); err != nil {
 			return err
 		}
 	}
-	processes, err := e.host.open(m.CgroupsPath)
-	if err != nil && !gone(err) {
-		return err
-	}
-	var errs []error
-	for _, proc := range processes {
-		var err error
+	return p.eachProcess(m, func(pid int) error {
 		if e.features.Bind {
-			err = e.kernel.Unbind(p.name, proc.Pid())
-		} else {
-			err = e.kernel.Unmerge(ctx, p.name, proc.Pid())
+			return e.kernel.Unbind(p.name, pid)
 		}
-		if !gone(err) && !errors.Is(err, kernel.ErrNoPartition) && !errors.Is(err, kernel.ErrNotMember) {
-			errs = append(errs, err)
+		return e.kernel.Unmerge(ctx, p.name, pid)
+	})
+}
+
+// looksForChildren is how often the processes of a container are looked for that one has
+// forked before it was unmerged.
+const looksForChildren = 8
+
+// eachProcess unmerges the processes of a container, and those that they fork meanwhile.
+func (p *partition) eachProcess(m *member, unmerge func(pid int) error) error {
+	done := map[int]bool{}
+	for range looksForChildren {
+		processes, err := p.engine.host.open(m.CgroupsPath)
+		if err != nil && !gone(err) {
+			return err
 		}
-		proc.Close()
+		more := false
+		var errs []error
+		for _, proc := range processes {
+			if pid := proc.Pid(); !done[pid] {
+				done[pid] = true
+				err := unmerge(pid)
+				// One that is of no partition has no children that are.
+				more = more || !errors.Is(err, kernel.ErrNotMember)
+				if !gone(err) && !errors.Is(err, kernel.ErrNoPartition) && !errors.Is(err, kernel.ErrNotMember) {
+					errs = append(errs, err)
+				}
+			}
+			proc.Close()
+		}
+		if err := errors.Join(errs...); err != nil || !more {
+			return err
+		}
 	}
-	return errors.Join(errs...)
+	return fmt.Errorf("container %s forks faster than it is unmerged", m.ID)
 }
 
 // plan says when the next merge is, by what this one came to, and logs that for each

@@ -90,7 +90,9 @@ const together = 100 * time.Millisecond
 func (p *partition) mergeAt(t time.Time) {
 	now := time.Now()
 	if t.After(now) {
-		t = t.Add(together - 1).Truncate(together)
+		// Not by the time of day, which may be set.
+		began := p.engine.began
+		t = began.Add((t.Sub(began) + together - 1).Truncate(together))
 	}
 	if !slices.ContainsFunc(p.due, func(other time.Time) bool {
 		return other.Equal(t) || !other.After(now) && !t.After(now)
@@ -224,12 +226,12 @@ func (p *partition) remove(ctx context.Context, leaving []*member) (wait time.Du
 		p.putBack(leaving)
 		return p.failed("partition is not removed yet", err), false
 	}
-	for _, m := range leaving {
-		close(m.left)
-	}
 	p.exists, p.spoilt, p.mixed, p.merged = false, false, false, 0
 	p.engine.mu.Lock()
 	defer p.engine.mu.Unlock()
+	for _, m := range leaving {
+		p.engine.parted(m)
+	}
 	for _, m := range p.members {
 		clear(m.seen)
 	}
@@ -318,7 +320,7 @@ func (p *partition) forget() bool {
 	}
 	// Those who were members for less than the removal took.
 	for _, m := range p.leaving {
-		close(m.left)
+		p.engine.parted(m)
 	}
 	delete(p.engine.partitions, p.name)
 	p.engine.budget.Forget(p.name)
@@ -330,6 +332,9 @@ func (p *partition) answer(err error) {
 	p.engine.mu.Lock()
 	defer p.engine.mu.Unlock()
 	p.refused = err
+	if errors.Is(err, kernel.ErrKeptOut) {
+		p.unmerged()
+	}
 	select {
 	case <-p.tried:
 	default:

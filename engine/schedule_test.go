@@ -327,6 +327,86 @@ func TestBinding(t *testing.T) {
 	})
 }
 
+// What an engine before has bound by another policy is let go where it was, also if others
+// are merged there on.
+func TestBoundByAnotherPolicy(t *testing.T) {
+	for name, tc := range map[string]struct {
+		optedIn bool
+		asked   string // what is refused at first
+	}{"bound": {false, "bind own-1 11"}, "merged": {true, "merge own-1 11 1000-5000"}} {
+		t.Run(name, func(t *testing.T) {
+			on(t, kernel.Features{Bind: true}, func(b *bench) {
+				b.configure(func(s *Settings) { s.OptedIn, s.StartDelays = tc.optedIn, []time.Duration{0} })
+				a, c := b.container("a", "own-1", 11), b.container("c", "own-2", 12)
+				b.set(func(m *machine) {
+					for _, name := range []string{"own-2", "own-3", "theirs"} {
+						m.partitions[name] = true
+					}
+					m.bound[11], m.bound[12] = "own-2", "own-2"
+				})
+				b.failWith(func(call string) error {
+					b.machine.mu.Lock()
+					defer b.machine.mu.Unlock()
+					if call == tc.asked && b.bound[11] == "own-2" {
+						return kernel.ErrBusy
+					}
+					return nil
+				})
+				if err := b.Reconcile(nil, []Container{a, c}); err != nil {
+					t.Fatal(err)
+				}
+				time.Sleep(2 * afterMove)
+				synctest.Wait()
+				calls := b.took()
+				let := slices.Index(calls, "unbind own-2 11")
+				if let < 0 || !slices.Contains(calls[let:], "merge own-1 11 1000-5000") ||
+					slices.Contains(calls, "unbind own-2 12") || slices.Contains(calls, "unbind theirs 11") {
+					t.Errorf("calls are %q", calls)
+				}
+				for _, c := range b.Status() {
+					if c.Containers[0].Reason != "" {
+						t.Errorf("%s: %s", c.Name, c.Containers[0].Reason)
+					}
+				}
+			})
+		})
+	}
+}
+
+// One that is still being let go is tried again soon.
+func TestBoundWhereAPartitionGoes(t *testing.T) {
+	on(t, kernel.Features{Bind: true}, func(b *bench) {
+		b.configure(func(s *Settings) { s.StartDelays = []time.Duration{0} })
+		b.set(func(m *machine) { m.partitions["own-old"], m.bound[11] = true, "own-old" })
+		goOn := make(chan struct{})
+		b.failWith(func(call string) error {
+			switch call {
+			case "remove own-old":
+				<-goOn
+				b.set(func(m *machine) { delete(m.bound, 11) })
+			case "unbind own-old 11":
+				return kernel.ErrBusy
+			}
+			return nil
+		})
+		if err := b.Reconcile(nil, []Container{b.container("a", "own-1", 11)}); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(3 * time.Second)
+		synctest.Wait()
+		if calls := b.took(); slices.ContainsFunc(calls, func(c string) bool { return strings.HasPrefix(c, "merge") }) {
+			t.Errorf("calls are %q", calls)
+		}
+		close(goOn)
+		time.Sleep(afterMove)
+		synctest.Wait()
+		if calls := b.took(); !slices.Contains(calls, "merge own-1 11 1000-5000") {
+			t.Errorf("calls are %q", calls)
+		}
+		b.expectLog("a: merged")
+	})
+}
+
 // The engine opts nobody in if it is not to, and lets go those that the kernel has
 // bound at their merge.
 func TestOptedIn(t *testing.T) {
@@ -390,6 +470,30 @@ func TestNumberIsUsedAgainInTheContainer(t *testing.T) {
 	})
 }
 
+// What a process forks while its container leaves is bound, and merged, as it was: it is
+// let go, too.
+func TestChildrenLeave(t *testing.T) {
+	on(t, kernel.Features{Bind: true}, func(b *bench) {
+		a, c := b.container("a", "own-1", 11), b.container("c", "own-1", 12)
+		for _, one := range []Container{a, c} {
+			b.add(one)
+			b.Start(one.ID)
+		}
+		time.Sleep(time.Minute)
+		synctest.Wait()
+		b.took()
+		b.failWith(func(call string) error {
+			if call == "unbind own-1 11" {
+				b.set(func(m *machine) { m.containers["/a"], m.bound[13] = []int{11, 13}, "own-1" })
+			}
+			return nil
+		})
+		a.Partition = ""
+		b.add(a)
+		b.expect("unbind own-1 11", "unbind own-1 13")
+	})
+}
+
 // A container that moves is not merged before its memory is out of where it was.
 func TestMoveWaitsForTheOldPartition(t *testing.T) {
 	with(t, func(b *bench) {
@@ -423,12 +527,104 @@ func TestMoveWaitsForTheOldPartition(t *testing.T) {
 	})
 }
 
-// On a kernel whose removal of one partition unmerges others, none is removed while
-// another is in use.
+// That is so however often it moves meanwhile, and if it was told to have ended between.
+func TestMovesWaitForAllOldPartitions(t *testing.T) {
+	with(t, func(b *bench) {
+		a, c := b.container("a", "own-1", 11), b.container("c", "own-1", 12)
+		for _, one := range []Container{a, c} {
+			b.add(one)
+			b.Start(one.ID)
+		}
+		time.Sleep(time.Minute)
+		synctest.Wait()
+		b.took()
+		// The first partition's worker comes to nothing else.
+		goOn := make(chan struct{})
+		b.failWith(func(call string) error {
+			if strings.HasPrefix(call, "merge own-1 12") {
+				<-goOn
+			}
+			return nil
+		})
+		if err := b.Engine.Merge("own-1"); err != nil {
+			t.Fatal(err)
+		}
+		synctest.Wait()
+		for _, partition := range []string{"own-2", "own-3"} {
+			a.Partition = partition
+			if err := b.Reconcile(nil, []Container{a, c}); err != nil {
+				t.Fatal(err)
+			}
+			time.Sleep(time.Minute)
+		}
+		b.Stop("a")
+		a.Partition = "own-4"
+		b.add(a)
+		b.Start("a")
+		time.Sleep(time.Minute)
+		synctest.Wait()
+		for _, call := range b.took() {
+			if strings.HasPrefix(call, "merge") && strings.Contains(call, " 11 ") && !strings.HasPrefix(call, "merge own-1") {
+				t.Errorf("%s, while it is merged in own-1", call)
+			}
+		}
+		close(goOn)
+		time.Sleep(time.Minute)
+		synctest.Wait()
+		calls := b.took()
+		if left, merged := slices.Index(calls, "unmerge own-1 11"), slices.Index(calls, "merge own-4 11 1000-5000"); left < 0 || merged < left {
+			t.Errorf("calls are %q", calls)
+		}
+		b.Engine.mu.Lock()
+		defer b.Engine.mu.Unlock()
+		if len(b.Engine.departed) > 0 {
+			t.Errorf("still waited for are %v", b.Engine.departed)
+		}
+	})
+}
+
+// Where there is one merge space, a container that is to be merged in another way, and
+// stays in its partition, is not waited for until it ends.
+func TestChangesInOneSpace(t *testing.T) {
+	on(t, oneSpace, func(b *bench) {
+		a := b.container("a", "own-1", 11)
+		b.add(a)
+		b.Start("a")
+		time.Sleep(time.Minute)
+		synctest.Wait()
+		b.took()
+		a.Interval = time.Minute
+		if err := b.Reconcile(nil, []Container{a}); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(time.Minute)
+		synctest.Wait()
+		if calls := b.took(); !slices.Contains(calls, "settle own-1") {
+			t.Errorf("calls are %q", calls)
+		}
+	})
+}
+
 // Where a partition of another engine stays, what is merged in it may be another
 // partition's next: that is unmerged first.
 func TestUnmergedAfterRestart(t *testing.T) {
-	on(t, kernel.Features{WideRemoval: true, SharedCounters: true, PageByPage: true}, func(b *bench) {
+	wide := kernel.Features{WideRemoval: true, SharedCounters: true, PageByPage: true}
+	t.Run("partitions are not listed", func(t *testing.T) {
+		on(t, wide, func(b *bench) {
+			b.failWith(func(call string) error {
+				if call == "list" {
+					return errors.New("no memory")
+				}
+				return nil
+			})
+			if err := b.Reconcile(nil, []Container{b.container("a", "own-1", 11)}); err == nil {
+				t.Error("no error")
+			}
+			time.Sleep(time.Second)
+			b.expect("add own-1", "unmerge own-1 11", "merge own-1 11 1000-5000")
+		})
+	})
+	on(t, wide, func(b *bench) {
 		b.machine.partitions["own-old"] = true
 		a := b.container("a", "own-1", 11)
 		if err := b.Reconcile(nil, []Container{a}); err != nil {
@@ -452,6 +648,8 @@ func TestUnmergedAfterRestart(t *testing.T) {
 	})
 }
 
+// On a kernel whose removal of one partition unmerges others, none is removed while
+// another is in use.
 func TestWideRemoval(t *testing.T) {
 	on(t, kernel.Features{WideRemoval: true, SharedCounters: true, PageByPage: true}, func(b *bench) {
 		b.machine.partitions["own-orphan"] = true

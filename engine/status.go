@@ -2,6 +2,7 @@ package engine
 
 import (
 	"cmp"
+	"errors"
 	"maps"
 	"slices"
 	"time"
@@ -51,12 +52,13 @@ type PartitionStatus struct {
 	Hold Hold
 	// Last is when a merge of it last came to its end; zero before the first.
 	Last time.Time
-	// Next is when it is merged by the interval; zero if no container runs that is, or
-	// while it is held.
+	// Next is when it is merged by the interval; zero if no container runs that is, while
+	// it is held, or while the kernel has it not.
 	Next time.Time
 	// Due are other times at which it is merged, in their order.
 	Due []time.Time
-	// Retry is how long it is not tried again after a failure; 0 if there was none.
+	// Retry is how long it is not tried again after a failure; 0 if there was none. That
+	// the kernel has no room for it is none.
 	Retry time.Duration
 	// Waiting is that it waits for a turn of the budget.
 	Waiting bool
@@ -79,7 +81,10 @@ func (e *Engine) Status() []PartitionStatus {
 		s := PartitionStatus{
 			Name: p.name, Hold: p.hold, Last: p.last, Retry: p.retry, Waiting: usage.Waiting > 0, Work: p.did.copy(usage.CPU),
 		}
-		if len(p.running(false)) > 0 && p.hold == HoldNot {
+		if errors.Is(p.refused, kernel.ErrKeptOut) {
+			s.Retry = 0
+		}
+		if len(p.running(false)) > 0 && p.hold == HoldNot && p.refused == nil {
 			s.Next, s.Due = p.next, slices.SortedFunc(slices.Values(p.due), time.Time.Compare)
 		}
 		if p.refused != nil {

@@ -78,6 +78,35 @@ func TestReportSharedCounters(t *testing.T) {
 	})
 }
 
+// What the kernel has no room for fails not, and is not late: it is not to be merged.
+func TestReportKeptOut(t *testing.T) {
+	on(t, oneSpace, func(b *bench) {
+		b.add(b.container("a", "own-1", 11))
+		if err := b.Add(b.Context(), b.container("c", "own-2", 12)); !errors.Is(err, kernel.ErrKeptOut) {
+			t.Fatal(err)
+		}
+		b.Start("a")
+		b.Start("c")
+		time.Sleep(time.Hour)
+		for i, p := range b.Report().Partitions {
+			if kept := i == 1; p.Retry != 0 || p.Next.IsZero() != kept || (p.Containers[0].Cause == CauseKeptOut) != kept {
+				t.Errorf("%s has %+v", p.Name, p)
+			}
+		}
+		// One that is refused for another reason does.
+		b.failWith(func(call string) error {
+			if call == "add own-2" {
+				return unix.ENOMEM
+			}
+			return nil
+		})
+		time.Sleep(maxRetry)
+		if p := b.Report().Partitions[1]; p.Retry == 0 || !p.Next.IsZero() {
+			t.Errorf("%s has %+v", p.Name, p)
+		}
+	})
+}
+
 // What is told of a container only for people keeps it where it is.
 func TestBecauseIsForPeople(t *testing.T) {
 	with(t, func(b *bench) {

@@ -7,6 +7,7 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
+	"reflect"
 	"strconv"
 	"strings"
 	"testing"
@@ -14,6 +15,7 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 
 	"github.com/selective-ksm/selective-ksm/config"
+	"github.com/selective-ksm/selective-ksm/engine"
 )
 
 func TestReadConfig(t *testing.T) {
@@ -44,6 +46,42 @@ func TestReadConfig(t *testing.T) {
 	}
 	if _, err := readConfig(filepath.Join(dir, "none")); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("of no directory: %v", err)
+	}
+}
+
+// What a runtime has written into a bundle says whose the container is.
+func TestDescribe(t *testing.T) {
+	dir := t.TempDir()
+	sandbox := strings.Repeat("5", 64)
+	for name, tc := range map[string]struct {
+		annotations string
+		want        Description
+		failed      bool
+	}{
+		"CRI-O": {
+			`"io.kubernetes.cri-o.SandboxID":"` + sandbox + `","io.kubernetes.cri-o.ContainerType":"container","io.kubernetes.pod.namespace":"shop",
+			"io.kubernetes.pod.name":"web","io.kubernetes.container.name":"server","merge.selective-ksm.dev/container.server":"off","merge.selective-ksm.dev":"on"`,
+			Description{
+				Container:   engine.Container{ID: "a", Name: "server", Pod: "web", Namespace: "shop", SandboxID: sandbox},
+				Annotations: map[string]string{config.AnnotationMerge: "off"},
+			}, false,
+		},
+		"pause": {
+			`"io.kubernetes.cri.sandbox-id":"` + sandbox + `","io.kubernetes.cri.container-type":"sandbox"`,
+			Description{Container: engine.Container{ID: "a", SandboxID: "a"}, Pause: true}, false,
+		},
+		"no pod":       {"", Description{Container: engine.Container{ID: "a", SandboxID: "a"}, Annotations: map[string]string{}}, false},
+		"two runtimes": {`"io.kubernetes.cri.sandbox-id":"1","io.kubernetes.cri-o.SandboxID":"2"`, Description{Container: engine.Container{ID: "a"}}, true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			write(t, filepath.Join(dir, "config.json"), `{"annotations":{`+tc.annotations+`}}`)
+			if got, err := Describe("a", dir); (err != nil) != tc.failed || !reflect.DeepEqual(got, tc.want) {
+				t.Errorf("got %+v, %v", got, err)
+			}
+		})
+	}
+	if _, err := Describe("a", filepath.Join(dir, "none")); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("without a bundle: %v", err)
 	}
 }
 

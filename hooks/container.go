@@ -63,21 +63,28 @@ func (m machine) facts(s specs.State, p pod, rules config.Pods) (*member.Facts, 
 		return nil, err
 	}
 	f := &member.Facts{
-		Privileged: privileged(spec), Labels: labelsOf(s, rules.Labels), Annotations: map[string]string{},
+		Privileged: privileged(spec), Labels: labelsOf(s, rules.Labels), Annotations: annotationsOf(s.Annotations, p.container),
 	}
 	if f.HostPID, err = m.hostPID(s.Pid); err != nil {
 		return nil, err
 	}
+	return f, nil
+}
+
+// annotationsOf are the values of those of the configuration's annotations that count for
+// a container.
+func annotationsOf(annotations map[string]string, container string) map[string]string {
+	count := map[string]string{}
 	for _, key := range config.Annotations() {
 		// The forms that NRI has for them, that which counts most first.
-		for _, form := range []string{key + "/container." + p.container, key + "/pod", key} {
-			if value, there := s.Annotations[form]; there {
-				f.Annotations[key] = value
+		for _, form := range []string{key + "/container." + container, key + "/pod", key} {
+			if value, there := annotations[form]; there {
+				count[key] = value
 				break
 			}
 		}
 	}
-	return f, nil
+	return count
 }
 
 // assign asks the policy what a container gets. The error is the reason why that is no

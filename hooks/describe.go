@@ -3,29 +3,30 @@ package hooks
 import (
 	"errors"
 
-	"github.com/containerd/nri/pkg/api"
-	nri "github.com/containerd/nri/pkg/plugin"
 	"github.com/opencontainers/runtime-spec/specs-go"
 
-	"github.com/selective-ksm/selective-ksm/config"
 	"github.com/selective-ksm/selective-ksm/engine"
 )
 
-// Description is what the annotations of a container say of it.
+// Description is what the bundle of a container says of it.
 type Description struct {
 	// Container has its id and names, and those of its pod.
 	engine.Container
 	// Pause is that it is the sandbox of a pod.
 	Pause bool
-	// Annotations are the values of those of [config.Annotations] that it has.
+	// Annotations are the values of those of [config.Annotations] that count for it.
 	Annotations map[string]string
 }
 
-// Describe reads the annotations that a runtime gives a container. The error is that
-// they are of two runtimes, or have no pod.
-func Describe(id string, annotations map[string]string) (Description, error) {
-	d := Description{Container: engine.Container{ID: id}, Annotations: map[string]string{}}
-	pod, err := podOf(specs.State{ID: id, Annotations: annotations})
+// Describe reads what a runtime has written into the bundle of a container. The error is
+// that it cannot be read, or that it is of two runtimes or has no pod.
+func Describe(id, bundle string) (Description, error) {
+	d := Description{Container: engine.Container{ID: id}}
+	spec, err := readConfig(bundle)
+	if err != nil {
+		return d, err
+	}
+	pod, err := podOf(specs.State{ID: id, Annotations: spec.Annotations})
 	if errors.Is(err, errNotOurs) {
 		d.Pause, d.SandboxID = true, id
 		return d, nil
@@ -33,10 +34,6 @@ func Describe(id string, annotations map[string]string) (Description, error) {
 		return d, err
 	}
 	d.Name, d.Pod, d.Namespace, d.SandboxID = pod.container, pod.name, pod.namespace, pod.sandbox
-	for _, key := range config.Annotations() {
-		if value, ok := nri.GetEffectiveAnnotation(&api.PodSandbox{Annotations: annotations}, key, pod.container); ok {
-			d.Annotations[key] = value
-		}
-	}
+	d.Annotations = annotationsOf(spec.Annotations, pod.container)
 	return d, nil
 }

@@ -25,7 +25,7 @@ type Options struct {
 	// Policy is the configuration.
 	Policy config.Config
 	// Spawn starts an engine in the background that looks at one container, where none
-	// runs. See [Work].
+	// runs. See [Worker].
 	Spawn func(containerID string) error
 }
 

@@ -29,8 +29,12 @@ type Engine interface {
 }
 
 const (
-	// addTimeout is how long a hook may wait for its container's partition.
+	// addTimeout is how long a hook may wait for its container's partition, and whoever
+	// waits for hooks' containers for all of theirs.
 	addTimeout = 50 * time.Millisecond
+	// readTimeout is how long whoever waits for hooks' containers may wait for a hook that
+	// changes one.
+	readTimeout = 500 * time.Millisecond
 	// swept is how often containers are looked for that have ended without a hook.
 	swept = 30 * time.Second
 	// Until a container's program runs, it is looked at after minLook, and after twice
@@ -122,7 +126,9 @@ func (r *Registry) Sync(ctx context.Context, id string) error {
 		return control.ErrNoEngine
 	}
 	r.asked = time.Now()
-	m, found, err := r.dir.Get(ctx, id)
+	reading, cancel := context.WithTimeout(ctx, readTimeout)
+	defer cancel()
+	m, found, err := r.dir.Get(reading, id)
 	if err != nil {
 		return err
 	}
@@ -144,7 +150,7 @@ func (r *Registry) Reconcile(created, running []engine.Container) error {
 	for _, c := range slices.Concat(created, running) {
 		others[c.ID] = true
 	}
-	all, err := r.dir.All(context.Background())
+	all, err := r.all(context.Background())
 	all = slices.DeleteFunc(all, func(m member.Member) bool { return others[m.ID] })
 	before := r.known
 	r.known = map[string]*entry{}
@@ -220,13 +226,32 @@ func (r *Registry) placed(m member.Member) member.Member {
 	return m
 }
 
+// all are the members that are written down. If not all of them can be read, those that
+// are known are taken to be there still. r.mu is held.
+func (r *Registry) all(ctx context.Context) ([]member.Member, error) {
+	ctx, cancel := context.WithTimeout(ctx, readTimeout)
+	defer cancel()
+	all, err := r.dir.All(ctx)
+	if err == nil {
+		return all, nil
+	}
+	for id, have := range r.known {
+		if !slices.ContainsFunc(all, func(m member.Member) bool { return m.ID == id }) {
+			all = append(all, have.Member)
+		}
+	}
+	return all, err
+}
+
 // sweep looks at all that is written down, and reports whether that has changed. r.mu is
 // held.
 func (r *Registry) sweep(ctx context.Context) (changed bool) {
-	all, err := r.dir.All(ctx)
+	all, err := r.all(ctx)
 	if err != nil {
 		r.log.WithError(err).Warn("what hooks have told of containers was not read whole")
 	}
+	ctx, cancel := context.WithTimeout(ctx, addTimeout)
+	defer cancel()
 	there := map[string]bool{}
 	for _, m := range all {
 		there[m.ID] = true

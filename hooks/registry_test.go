@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/sirupsen/logrus"
+	"golang.org/x/sys/unix"
 
 	"github.com/selective-ksm/selective-ksm/config"
 	"github.com/selective-ksm/selective-ksm/engine"
@@ -276,6 +277,39 @@ func TestRegistry(t *testing.T) {
 		stop()
 		if len(b.spawned) != 9 {
 			t.Errorf("engines were started for %q", b.spawned)
+		}
+	})
+}
+
+// While a hook hangs that changes what is written down, nobody waits for it, and nothing is
+// taken to be gone.
+func TestHookHangs(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBench(t)
+		r := b.registry()
+		b.hook(CreateRuntime, "a")
+		b.sync(r, "a")
+		b.want("add a")
+		lock, err := os.Open(filepath.Join(b.dir, "hooks", "lock"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer lock.Close()
+		if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX); err != nil {
+			t.Fatal(err)
+		}
+		began := time.Now()
+		r.sweep(t.Context())
+		b.want("")
+		if err := r.Reconcile(nil, nil); !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("got %v", err)
+		}
+		b.want("reconcile [a] []")
+		if err := r.Sync(t.Context(), "a"); !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("got %v", err)
+		}
+		if took := time.Since(began); took > 3*readTimeout {
+			t.Errorf("took %v", took)
 		}
 	})
 }

@@ -3,7 +3,7 @@
 //
 // A hook writes down what it was told (package member), and has the engine that runs
 // on the machine look at it. Where none runs, it starts one in the background, which
-// ends when the merges after the containers' starts are done ([Work]). Whatever is
+// ends when the merges after the containers' starts are done ([Worker]). Whatever is
 // killed in between, the next hook finds what it needs in the files.
 //
 // No container fails or waits because of a hook: see [Run].

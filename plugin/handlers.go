@@ -72,9 +72,10 @@ func (p *plugin) Synchronize(_ context.Context, pods []*api.PodSandbox, containe
 	p.change(func(s *state) { maps.DeleteFunc(s.told, func(id, _ string) bool { return !there[id] }) })
 
 	maps.DeleteFunc(p.ignored, func(id string, _ []config.Ignored) bool { return sandboxes[id] == nil })
-	clear(p.subjects)
+	before := p.subjects
+	p.subjects = map[string]*subject{}
 	clear(p.vmms)
-	maps.DeleteFunc(p.mixed, func(id string, _ bool) bool { return sandboxes[id] == nil })
+	maps.DeleteFunc(p.guests, func(id string, _ *guest) bool { return sandboxes[id] == nil })
 	var subjects []*subject
 	for _, ctr := range containers {
 		switch ctr.GetState() {
@@ -83,6 +84,11 @@ func (p *plugin) Synchronize(_ context.Context, pods []*api.PodSandbox, containe
 			s.virtual = s.running && inVM(sandboxes[ctr.GetPodSandboxId()], ctr)
 			p.subjects[ctr.GetId()] = s
 			subjects = append(subjects, s)
+		}
+	}
+	for id, s := range before {
+		if p.subjects[id] == nil {
+			p.guestEnded(s)
 		}
 	}
 	created, running := p.reconcile(subjects)
@@ -197,7 +203,11 @@ func (p *plugin) ended(ctx context.Context, id string) {
 	s := p.subjects[id]
 	delete(p.subjects, id)
 	p.Engine.Stop(id)
-	if s != nil && p.vmms[s.sandbox.ID] {
+	if s == nil {
+		return
+	}
+	p.guestEnded(s)
+	if p.vmms[s.sandbox.ID] {
 		p.followVMM(ctx, s.sandbox.ID)
 	}
 }
@@ -218,7 +228,7 @@ func (p *plugin) forget(pod *api.PodSandbox) {
 	maps.DeleteFunc(p.subjects, func(_ string, s *subject) bool { return s.sandbox.ID == pod.GetId() })
 	delete(p.ignored, pod.GetId())
 	delete(p.vmms, pod.GetId())
-	delete(p.mixed, pod.GetId())
+	delete(p.guests, pod.GetId())
 	p.change(func(s *state) { delete(s.told, pod.GetId()) })
 	p.Engine.StopSandbox(pod.GetId())
 }

@@ -93,7 +93,7 @@ var ErrConfig = errors.New("configuration from the runtime")
 // the runtime launched this process: then it will launch another one, and Run
 // returns nil. Errors are that there is no socket to connect to at the start, or
 // [ErrConfig]. A socket that nobody listens on is what a runtime leaves that was
-// killed: Run waits for the next one.
+// killed: Run waits for the next one, which removes the socket before it has its own.
 func Run(ctx context.Context, o Options) error {
 	p := newPlugin(o)
 	if o.Config != nil {
@@ -115,7 +115,7 @@ func Run(ctx context.Context, o Options) error {
 		switch {
 		case ctx.Err() != nil:
 			return nil
-		case errors.Is(err, ErrConfig), !connected && !errors.Is(err, unix.ECONNREFUSED):
+		case errors.Is(err, ErrConfig), !connected && !waits && !errors.Is(err, unix.ECONNREFUSED):
 			return err
 		case Launched():
 			p.Log.WithError(err).Info("the runtime closed the connection")
@@ -125,6 +125,8 @@ func Run(ctx context.Context, o Options) error {
 			p.Log.WithError(err).Warn("the runtime does not answer: waiting for it")
 		case !errors.Is(err, errConnect):
 			p.Log.WithError(err).Warn("the runtime closed the connection: connecting again")
+		default:
+			p.Log.WithError(err).Debug("the runtime does not answer yet")
 		}
 		if p.get().synchronized {
 			retry = minRetry
@@ -152,9 +154,10 @@ type plugin struct {
 	// ignoredCount is how many there were ever.
 	ignored      map[string][]config.Ignored
 	ignoredCount int
-	// vmms are the pods' sandboxes of which the engine knows a VMM, and mixed those whose
-	// containers were not all of one partition.
-	vmms, mixed map[string]bool
+	// vmms are the pods' sandboxes of which the engine knows a VMM, and guests what is known
+	// of those whose containers are in one, both by the sandboxes' ids.
+	vmms   map[string]bool
+	guests map[string]*guest
 
 	mu    sync.Mutex // taken after turn
 	state state      // protected by mu
@@ -163,7 +166,7 @@ type plugin struct {
 func newPlugin(o Options) *plugin {
 	return &plugin{
 		Options: o, subjects: map[string]*subject{}, ignored: map[string][]config.Ignored{},
-		vmms: map[string]bool{}, mixed: map[string]bool{},
+		vmms: map[string]bool{}, guests: map[string]*guest{},
 	}
 }
 

@@ -204,6 +204,9 @@ func startWith(t *testing.T, dir string, o Options, hooks ...logrus.Hook) (stop 
 	logger, hook := logtest.NewNullLogger()
 	for _, hook := range hooks {
 		logger.AddHook(hook)
+		if slices.Contains(hook.Levels(), logrus.DebugLevel) {
+			logger.SetLevel(logrus.DebugLevel)
+		}
 	}
 	o.Name, o.Index, o.Socket, o.Dir, o.Interface, o.Log = "selective-ksm", "90", filepath.Join(dir, "nri.sock"), own(dir), "sysfs", logger
 	ctx, cancel := context.WithCancel(t.Context())

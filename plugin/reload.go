@@ -22,6 +22,7 @@ func (p *plugin) reload() error {
 		return err
 	}
 	p.use(c, wrapper)
+	p.askAgain()
 	if !p.get().synchronized {
 		// The runtime will tell of all containers.
 		return nil

@@ -24,12 +24,38 @@ func inVM(pod *api.PodSandbox, ctr *api.Container) bool {
 	return ctr.GetPid() != 0 && ctr.GetPid() == pod.GetPid()
 }
 
+// guest is what is known of a pod whose containers are in a VM. What those that have ended
+// held may still be in it.
+type guest struct {
+	// partition is that of all its containers so far. mixed is that they were not all of
+	// one, and ended that policy cannot be asked of some any more.
+	partition    string
+	mixed, ended bool
+}
+
+// guestEnded takes note of a container that has ended.
+func (p *plugin) guestEnded(s *subject) {
+	if g := p.guests[s.sandbox.ID]; g != nil && s.virtual {
+		g.ended = true
+	}
+}
+
+// askAgain lets another policy give pods in VMs another partition, unless that cannot be
+// asked of all that may be in them.
+func (p *plugin) askAgain() {
+	for _, g := range p.guests {
+		if !g.ended {
+			g.partition = ""
+		}
+	}
+}
+
 // vmm returns the VMM of a pod, under the id of the pod's sandbox. There is none if no
 // container of the pod is in a VM. It is in no partition unless all containers of the
-// pod are of the same, and those that have ended were: what they held may still be in the
-// VM. Nor is its memory merged in any other way that is not right for all.
+// pod are of the same, and those that have ended were, as far as the runtime has told of
+// them. Nor is its memory merged in any other way that is not right for all.
 func (p *plugin) vmm(sandboxID string) (vmm engine.Container, there bool) {
-	secrets, first := true, true
+	secrets, mixed, first := true, false, true
 	for _, s := range p.subjects {
 		if s.sandbox.ID != sandboxID {
 			continue
@@ -42,9 +68,7 @@ func (p *plugin) vmm(sandboxID string) (vmm engine.Container, there bool) {
 				Partition: c.Partition, Because: c.Because,
 			}
 		}
-		if c.Partition == "" || c.Partition != vmm.Partition {
-			p.mixed[sandboxID] = true
-		}
+		mixed = mixed || c.Partition == "" || c.Partition != vmm.Partition
 		vmm.OnDemand = vmm.OnDemand || c.OnDemand
 		secrets = secrets && c.Secrets
 		if c.Interval != 0 && (vmm.Interval == 0 || c.Interval < vmm.Interval) {
@@ -53,10 +77,20 @@ func (p *plugin) vmm(sandboxID string) (vmm engine.Container, there bool) {
 		first = false
 	}
 	vmm.Secrets = secrets
-	if p.mixed[sandboxID] || !strings.HasSuffix(vmm.CgroupsPath, "/"+sandboxID) && !strings.HasSuffix(vmm.CgroupsPath, ":"+sandboxID) {
+	if !there || vmm.CgroupsPath == "" {
+		return vmm, false
+	}
+	g := p.guests[sandboxID]
+	if g == nil {
+		g = &guest{}
+		p.guests[sandboxID] = g
+	}
+	g.mixed = g.mixed || mixed || g.partition != "" && g.partition != vmm.Partition
+	g.partition = vmm.Partition
+	if g.mixed || !strings.HasSuffix(vmm.CgroupsPath, "/"+sandboxID) && !strings.HasSuffix(vmm.CgroupsPath, ":"+sandboxID) {
 		vmm.Partition, vmm.Because = "", "its pod's containers are not all in one partition, or its cgroup is not the sandbox's alone"
 	}
-	return vmm, there && vmm.CgroupsPath != ""
+	return vmm, true
 }
 
 // followVMM has the engine know of a pod's VMM what its containers make of it now.

@@ -1,6 +1,7 @@
 package plugin
 
 import (
+	"slices"
 	"strings"
 	"testing"
 
@@ -79,10 +80,59 @@ func TestVMM(t *testing.T) {
 	expect(t, e, "stop vm-alone", left, started)
 	stop(one)
 	expect(t, e, "stop vm-one", stopped)
-	if err := p.RemovePodSandbox(t.Context(), pod); err != nil || len(p.vmms)+len(p.mixed)+len(p.subjects) != 0 {
-		t.Errorf("kept %v, %v, %v, %v", p.vmms, p.mixed, p.subjects, err)
+	if err := p.RemovePodSandbox(t.Context(), pod); err != nil || len(p.vmms)+len(p.guests)+len(p.subjects) != 0 {
+		t.Errorf("kept %v, %v, %v, %v", p.vmms, p.guests, p.subjects, err)
 	}
 	expect(t, e, "stop sandbox "+podID)
+
+	// So may what one held that has ended before the next was made, whether that is told
+	// or not.
+	for name, end := range map[string]func(*api.Container){"told": stop, "not told": func(*api.Container) { synchronize() }} {
+		alone := create("vm-alone")
+		start(alone)
+		end(alone)
+		one := create("vm-one")
+		e.took()
+		start(one)
+		if got := e.took(); !slices.Contains(got, left) {
+			t.Errorf("%s: engine was told %q", name, got)
+		}
+		if err := p.StopPodSandbox(t.Context(), pod); err != nil {
+			t.Fatal(err)
+		}
+		e.took()
+	}
+
+	// Another policy is asked of all, if all are there still.
+	reload := func(scope config.Scope) {
+		t.Helper()
+		p.Load = func() (config.Config, error) {
+			c := config.Default()
+			c.PartitionBy = scope
+			return c, nil
+		}
+		p.Apply = func(config.Config) error { return nil }
+		p.change(func(s *state) { s.synchronized = true })
+		if err := p.reload(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	one = create("vm-one")
+	start(one)
+	e.took()
+	reload(config.ScopeNamespace)
+	expect(t, e, "reconcile [] [vm-one,"+podID+"]")
+	two = create("vm-two")
+	start(two)
+	stop(two)
+	e.took()
+	reload(config.ScopePod)
+	expect(t, e, "reconcile [] [vm-one,not "+podID+"]")
+	stop(one)
+	if err := p.StopPodSandbox(t.Context(), pod); err != nil {
+		t.Fatal(err)
+	}
+	e.took()
 
 	// Containers that are not in a VM have none, nor has a pod whose cgroup may be that
 	// of others.

@@ -27,12 +27,21 @@ func keepWrapper(dir, wrapper string) (path string, err error) {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return "", err
 	}
+	// One that was killed at this has left its part: nobody else does it at a time.
+	const part = ".optin-*"
+	left, err := filepath.Glob(filepath.Join(dir, part))
+	for _, path := range left {
+		err = errors.Join(err, os.Remove(path))
+	}
+	if err != nil {
+		return "", err
+	}
 	from, err := os.Open(wrapper)
 	if err != nil {
 		return "", err
 	}
 	defer from.Close()
-	to, err := os.CreateTemp(dir, ".optin-*")
+	to, err := os.CreateTemp(dir, part)
 	if err != nil {
 		return "", err
 	}

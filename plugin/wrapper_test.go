@@ -57,6 +57,16 @@ func TestKeepWrapper(t *testing.T) {
 			t.Errorf("the copy is %v, %v", info.Mode(), err)
 		}
 	}
+	// Nor does one stay that was killed.
+	if err := errors.Join(os.WriteFile(filepath.Join(dir, ".optin-1"), []byte("par"), 0o600), os.WriteFile(wrapper, []byte("4"), 0o700)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := keepWrapper(dir, wrapper); err != nil {
+		t.Error(err)
+	}
+	if err := os.Remove(wrapper); err != nil {
+		t.Fatal(err)
+	}
 	if left, err := os.ReadDir(dir); err != nil || len(left) != 1 {
 		t.Errorf("the directory holds %v, %v", left, err)
 	}

@@ -17,8 +17,6 @@ import (
 	"strings"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/selective-ksm/selective-ksm/engine/frame"
 	"github.com/selective-ksm/selective-ksm/engine/memory"
 	"github.com/selective-ksm/selective-ksm/engine/process"
@@ -176,10 +174,15 @@ func Run(ctx context.Context, all inventory.Inventory, partition func(inventory.
 
 // look reads which frames all processes have that may be merged.
 func (a *audit) look(ctx context.Context) error {
+	// Before the containers' own: what one forks meanwhile is not taken for the machine's.
+	all, err := process.All()
+	if err != nil {
+		return err
+	}
 	inContainer := map[int]bool{}
 	for i, c := range a.containers {
 		pids, err := c.Pids()
-		if err != nil && !gone(err) {
+		if err != nil && !process.Gone(err) {
 			return fmt.Errorf("container %s: %w", c, err)
 		}
 		for _, pid := range pids {
@@ -192,11 +195,7 @@ func (a *audit) look(ctx context.Context) error {
 			}
 		}
 	}
-	others, err := process.All()
-	if err != nil {
-		return err
-	}
-	for _, pid := range others {
+	for _, pid := range all {
 		if inContainer[pid] {
 			continue
 		}
@@ -220,7 +219,7 @@ var pageSize = uint64(os.Getpagesize())
 func (a *audit) read(ctx context.Context, pid, container int) error {
 	activity, err := memory.ActivityOf(pid)
 	if err != nil {
-		return ignoreGone(err)
+		return process.UnlessGone(err)
 	}
 	if len(a.owners) >= 1<<ownerBits {
 		return fmt.Errorf("more than %d processes", 1<<ownerBits)
@@ -234,7 +233,7 @@ func (a *audit) read(ctx context.Context, pid, container int) error {
 		}
 		return true
 	})
-	if now, again := memory.ActivityOf(pid); gone(err) || again != nil || now.Start != activity.Start {
+	if now, again := memory.ActivityOf(pid); process.Gone(err) || again != nil || now.Start != activity.Start {
 		a.pages = a.pages[:before]
 		return nil
 	}
@@ -395,14 +394,14 @@ func (a *audit) find(ctx context.Context, pid int, number uint64) (address uint6
 		}
 		return !found
 	})
-	return address, found, ignoreGone(err)
+	return address, found, process.UnlessGone(err)
 }
 
 // still reports whether a process has a frame at an address, and the page is merged.
 func (a *audit) still(o owner, address, number uint64) (bool, error) {
 	table, err := frame.Open(o.pid)
 	if err != nil {
-		return false, ignoreGone(err)
+		return false, process.UnlessGone(err)
 	}
 	defer table.Close()
 	e, err := table.At(address)
@@ -414,7 +413,7 @@ func (a *audit) still(o owner, address, number uint64) (bool, error) {
 		return false, err
 	}
 	now, err := memory.ActivityOf(o.pid)
-	return err == nil && now.Start == o.start && e.Own() && e.Frame() == number && merged, ignoreGone(err)
+	return err == nil && now.Start == o.start && e.Own() && e.Frame() == number && merged, process.UnlessGone(err)
 }
 
 func (a *audit) side(o owner, address uint64) Side {
@@ -427,16 +426,4 @@ func (a *audit) side(o owner, address uint64) Side {
 		s.Container, s.ID, s.Partition = c.String(), c.ID, a.partitions[o.container]
 	}
 	return s
-}
-
-// gone reports whether an error is that a process or a cgroup is gone.
-func gone(err error) bool {
-	return errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ESRCH)
-}
-
-func ignoreGone(err error) error {
-	if gone(err) {
-		return nil
-	}
-	return err
 }

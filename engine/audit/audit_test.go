@@ -1,11 +1,13 @@
 package audit
 
 import (
+	"context"
 	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -198,6 +200,53 @@ func TestMovedPage(t *testing.T) {
 	}
 	if c, confirmed, err := a.confirm(t.Context(), pair{0, 1}, s); confirmed || err != nil {
 		t.Errorf("confirmed %v, %v", c, err)
+	}
+}
+
+// forking is a context in which a container starts another process as soon as one of its
+// processes is looked at.
+type forking struct {
+	context.Context
+	fork func()
+}
+
+func (f forking) Err() error {
+	f.fork()
+	return f.Context.Err()
+}
+
+// What a container starts while it is looked at is not taken for a process of the machine,
+// which would share pages with it that it must not.
+func TestStartedMeanwhile(t *testing.T) {
+	if os.Getuid() != 0 {
+		missing.Skip(t, "not root")
+	}
+	flags, err := frame.OpenFlags()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer flags.Close()
+	id := strings.Repeat("a", 64)
+	procs := contain(t, id)
+	enter(t, procs, kerneltest.Start(t, 1).PID)
+	c := inventory.Container{}
+	c.ID, c.CgroupsPath = id, "/sksm-test-"+id
+	a := &audit{containers: []inventory.Container{c}, partitions: []string{"one"}, flags: flags}
+	started := 0
+	fork := sync.OnceFunc(func() {
+		started = kerneltest.Start(t, 1).PID
+		enter(t, procs, started)
+	})
+	if err := a.look(forking{t.Context(), fork}); err != nil {
+		t.Fatal(err)
+	}
+	if started == 0 {
+		t.Fatal("nothing was started")
+	}
+	for _, o := range a.owners {
+		if o.pid == started && o.container == host {
+			t.Errorf("process %d of the container is taken for one of the machine", started)
+		}
 	}
 }
 

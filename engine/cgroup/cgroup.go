@@ -122,14 +122,22 @@ func pidsOf(dir string) ([]int, error) {
 }
 
 // Populated reports whether a cgroup or one below it has a process, of whatever pid
-// namespace.
+// namespace, or may have, as it cannot be read.
 func Populated(dir string) bool {
 	populated := false
 	filepath.WalkDir(dir, func(path string, e fs.DirEntry, err error) error {
-		if err != nil || !e.IsDir() {
-			return nil // what has gone meanwhile has no process
+		var data []byte
+		switch {
+		case err != nil:
+		case !e.IsDir():
+			return nil
+		default:
+			data, err = os.ReadFile(filepath.Join(path, "cgroup.procs"))
 		}
-		if data, err := os.ReadFile(filepath.Join(path, "cgroup.procs")); err == nil && len(data) > 0 {
+		// What has gone meanwhile has no process, and those of a threaded cgroup are listed
+		// at the root of its domain.
+		gone := errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENODEV) || errors.Is(err, unix.EOPNOTSUPP)
+		if len(data) > 0 || err != nil && !gone {
 			populated = true
 			return fs.SkipAll
 		}

@@ -109,7 +109,12 @@ func TestPopulated(t *testing.T) {
 	root := tree(t, map[string]string{
 		"a/cgroup.procs": "", "a/b/cgroup.procs": "7\n", "c/cgroup.procs": "", "d/cgroup.procs": "0\n",
 	})
-	for dir, want := range map[string]bool{"a": true, "a/b": true, "c": false, "d": true, "gone": false} {
+	// One that cannot be read, here for a link to itself, may have some.
+	unread := filepath.Join(root, "e", "cgroup.procs")
+	if err := errors.Join(os.Mkdir(filepath.Dir(unread), 0o755), os.Symlink(unread, unread)); err != nil {
+		t.Fatal(err)
+	}
+	for dir, want := range map[string]bool{"a": true, "a/b": true, "c": false, "d": true, "e": true, "gone": false} {
 		if got := Populated(filepath.Join(root, dir)); got != want {
 			t.Errorf("%s: got %v", dir, got)
 		}

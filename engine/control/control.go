@@ -12,6 +12,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"syscall"
 	"time"
@@ -95,17 +96,35 @@ func Listen(dir string) (*Server, error) {
 	return &Server{listener: listener}, nil
 }
 
+// short are errors of a machine that has too little of something for now.
+var short = []error{unix.EMFILE, unix.ENFILE, unix.ENOBUFS, unix.ENOMEM}
+
+// again is the pause before the next who asks is looked for when there is too little for
+// that.
+const again = 100 * time.Millisecond
+
 // Serve answers until ctx ends, then removes the socket and returns nil.
 func (s *Server) Serve(ctx context.Context, e Engine) error {
-	var asking sync.WaitGroup
-	defer asking.Wait()
 	defer s.listener.Close()
 	defer context.AfterFunc(ctx, func() { s.listener.Close() })()
+	return serve(ctx, s.listener.AcceptUnix, e)
+}
+
+func serve(ctx context.Context, accept func() (*net.UnixConn, error), e Engine) error {
+	var asking sync.WaitGroup
+	defer asking.Wait()
 	for {
-		conn, err := s.listener.AcceptUnix()
-		if ctx.Err() != nil {
+		conn, err := accept()
+		switch {
+		case ctx.Err() != nil:
 			return nil
-		} else if err != nil {
+		case slices.ContainsFunc(short, func(s error) bool { return errors.Is(err, s) }):
+			select {
+			case <-time.After(again):
+			case <-ctx.Done():
+			}
+			continue
+		case err != nil:
 			return fmt.Errorf("control socket: %w", err)
 		}
 		asking.Go(func() {

@@ -13,6 +13,8 @@ import (
 	"syscall"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/selective-ksm/selective-ksm/engine"
 	"github.com/selective-ksm/selective-ksm/engine/kernel"
 	"github.com/selective-ksm/selective-ksm/test/missing"
@@ -125,6 +127,20 @@ func TestControl(t *testing.T) {
 	cancel()
 	if err := <-ended; err != nil {
 		t.Error(err)
+	}
+}
+
+// A machine that has no descriptor left for a while is served afterwards.
+func TestShortOfDescriptors(t *testing.T) {
+	broken := errors.New("broken")
+	answers := []error{unix.EMFILE, unix.ENFILE, broken}
+	accept := func() (*net.UnixConn, error) {
+		err := answers[0]
+		answers = answers[1:]
+		return nil, &net.OpError{Op: "accept", Err: os.NewSyscallError("accept4", err)}
+	}
+	if err := serve(t.Context(), accept, &fake{}); !errors.Is(err, broken) || len(answers) != 0 {
+		t.Errorf("ended with %v, %d answers were not asked for", err, len(answers))
 	}
 }
 

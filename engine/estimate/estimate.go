@@ -22,6 +22,7 @@ import (
 	"github.com/selective-ksm/selective-ksm/config"
 	"github.com/selective-ksm/selective-ksm/engine/frame"
 	"github.com/selective-ksm/selective-ksm/engine/memory"
+	"github.com/selective-ksm/selective-ksm/engine/process"
 	"github.com/selective-ksm/selective-ksm/hooks/inventory"
 )
 
@@ -144,14 +145,14 @@ func (e *estimate) first(ctx context.Context, c inventory.Container) error {
 	}
 	o := memory.Options{Secrets: a.Secrets, Zero: e.Config.ZeroPages, Exact: true, Any: true, Merged: true}
 	pids, err := c.Pids()
-	if gone(err) {
+	if process.Gone(err) {
 		return nil
 	} else if err != nil {
 		return fmt.Errorf("container %s: %w", c, err)
 	}
 	for _, pid := range pids {
 		h, offer, n, err := e.reader.first(ctx, pid, o, func(pages uint64) { e.tell(1, pages) })
-		if gone(err) {
+		if process.Gone(err) {
 			continue
 		} else if err != nil {
 			return fmt.Errorf("container %s: process %d: %w", c, pid, err)

@@ -14,6 +14,7 @@ import (
 	"github.com/selective-ksm/selective-ksm/engine/frame"
 	"github.com/selective-ksm/selective-ksm/engine/kernel/kerneltest"
 	"github.com/selective-ksm/selective-ksm/engine/memory"
+	"github.com/selective-ksm/selective-ksm/engine/process"
 	"github.com/selective-ksm/selective-ksm/hooks/inventory"
 	"github.com/selective-ksm/selective-ksm/test/missing"
 )
@@ -196,7 +197,7 @@ func TestGoneBetweenLooks(t *testing.T) {
 	if err := r.second(t.Context(), h); err != nil || h.stable != 0 || len(h.hashes) == 0 {
 		t.Errorf("%d of %d hashes are stable, %v", h.stable, len(h.hashes), err)
 	}
-	if _, _, _, err := r.first(t.Context(), h.pid, memory.Options{}, func(uint64) {}); !gone(err) {
+	if _, _, _, err := r.first(t.Context(), h.pid, memory.Options{}, func(uint64) {}); !process.Gone(err) {
 		t.Errorf("first look at a process that is gone: %v", err)
 	}
 }

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"os"
 	"slices"
 
@@ -15,6 +14,7 @@ import (
 	"github.com/selective-ksm/selective-ksm/engine/frame"
 	"github.com/selective-ksm/selective-ksm/engine/kernel"
 	"github.com/selective-ksm/selective-ksm/engine/memory"
+	"github.com/selective-ksm/selective-ksm/engine/process"
 )
 
 // batch is how many entries of a page table are read at a time. The kernel holds the
@@ -118,7 +118,9 @@ func (r *reader) first(ctx context.Context, pid int, o memory.Options, read func
 		return nil, offer, n, err
 	}
 	h := &held{pid: pid, start: activity.Start}
-	h.hashes = make([]uint64, 0, offer.Bytes/pageSize/(r.mask+1))
+	// Where the kernel does not tell what is present, the offer is all that may be. What is
+	// resident it does not know to the page.
+	h.hashes = make([]uint64, 0, min(offer.Bytes/pageSize, activity.Resident*9/8)/(r.mask+1))
 	for _, part := range offer.Ranges {
 		for at := part.Start; at < part.End; at += batch * pageSize {
 			if err := ctx.Err(); err != nil {
@@ -269,11 +271,11 @@ func (r *reader) second(ctx context.Context, h *held) error {
 	defer func() { h.runs = nil }()
 	now, err := memory.ActivityOf(h.pid)
 	if err != nil || now.Start != h.start {
-		return ignoreGone(err)
+		return process.UnlessGone(err)
 	}
 	table, mem, err := open(h.pid)
 	if err != nil {
-		return ignoreGone(err)
+		return process.UnlessGone(err)
 	}
 	defer table.Close()
 	defer mem.Close()
@@ -310,21 +312,9 @@ func (r *reader) second(ctx context.Context, h *held) error {
 	}
 	if now, err := memory.ActivityOf(h.pid); err != nil || now.Start != h.start {
 		h.stable = 0
-		return ignoreGone(err)
+		return process.UnlessGone(err)
 	}
 	return nil
-}
-
-// gone reports whether an error is that a process is gone.
-func gone(err error) bool {
-	return errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ESRCH)
-}
-
-func ignoreGone(err error) error {
-	if gone(err) {
-		return nil
-	}
-	return err
 }
 
 // frames is a set of frames: a bit for each of the machine's, 32 KiB for a GiB.

@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/selective-ksm/selective-ksm/engine/kernel"
+	"github.com/selective-ksm/selective-ksm/engine/process"
 )
 
 // maxGap is the most memory, in bytes, that does not qualify and is offered
@@ -136,6 +137,30 @@ func Mergeable(pid int) (bool, error) {
 	}
 	defer smaps.Close()
 	return anyMergeable(smaps)
+}
+
+// AllMergeable are the numbers of all processes of the machine whose memory KSM may merge.
+// An error is also that this cannot be told of one that is there.
+func AllMergeable() ([]int, error) {
+	all, err := process.All()
+	if err != nil {
+		return nil, err
+	}
+	return ofThese(all, Mergeable)
+}
+
+func ofThese(pids []int, mergeable func(pid int) (bool, error)) ([]int, error) {
+	var found []int
+	for _, pid := range pids {
+		is, err := mergeable(pid)
+		if process.UnlessGone(err) != nil {
+			return nil, fmt.Errorf("process %d: %w", pid, err)
+		}
+		if err == nil && is {
+			found = append(found, pid)
+		}
+	}
+	return found, nil
 }
 
 // anyMergeable reads no further than the first mergeable mapping, since the kernel

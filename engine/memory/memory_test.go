@@ -3,6 +3,7 @@ package memory
 import (
 	"context"
 	"errors"
+	"fmt"
 	"math"
 	"os"
 	"reflect"
@@ -118,6 +119,24 @@ func TestAnyMergeable(t *testing.T) {
 	} {
 		if got, err := anyMergeable(strings.NewReader(smaps)); err != nil || got != want {
 			t.Errorf("%q: got %v, %v", smaps, got, err)
+		}
+	}
+}
+
+// A process that cannot be looked at may be mergeable.
+func TestAllMergeable(t *testing.T) {
+	for name, tc := range map[string]struct {
+		err    error
+		failed bool
+	}{"gone": {unix.ESRCH, false}, "no such file": {os.ErrNotExist, false}, "refused": {unix.EACCES, true}, "no descriptor": {unix.EMFILE, true}} {
+		got, err := ofThese([]int{1, 2, 3}, func(pid int) (bool, error) {
+			if pid == 2 {
+				return false, fmt.Errorf("smaps: %w", tc.err)
+			}
+			return pid == 3, nil
+		})
+		if (err != nil) != tc.failed || err == nil && !slices.Equal(got, []int{3}) {
+			t.Errorf("%s: got %v, %v", name, got, err)
 		}
 	}
 }

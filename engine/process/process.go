@@ -178,6 +178,19 @@ func Contained(pid int) bool {
 	return of[0].Ino != of[1].Ino
 }
 
+// Gone reports whether an error is that a process, or a cgroup, is gone.
+func Gone(err error) bool {
+	return errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ESRCH)
+}
+
+// UnlessGone returns an error unless it is that a process, or a cgroup, is gone.
+func UnlessGone(err error) error {
+	if Gone(err) {
+		return nil
+	}
+	return err
+}
+
 // Pid is the number of the process. It means this process only as long as it is
 // alive.
 func (p *Process) Pid() int { return p.pid }

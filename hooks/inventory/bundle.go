@@ -2,15 +2,12 @@ package inventory
 
 import (
 	"bytes"
-	"encoding/json"
 	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
-
-	"github.com/opencontainers/runtime-spec/specs-go"
 
 	"github.com/selective-ksm/selective-ksm/config"
 	"github.com/selective-ksm/selective-ksm/hooks"
@@ -27,15 +24,7 @@ func (c *Container) describe(pids []int) {
 	if bundle == "" {
 		return
 	}
-	data, err := os.ReadFile(filepath.Join(bundle, "config.json"))
-	if err != nil {
-		return
-	}
-	var spec specs.Spec
-	if err := json.Unmarshal(data, &spec); err != nil {
-		return
-	}
-	d, err := hooks.Describe(c.ID, spec.Annotations)
+	d, err := hooks.Describe(c.ID, bundle)
 	if err != nil {
 		return
 	}

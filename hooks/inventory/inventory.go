@@ -57,10 +57,7 @@ func (c Container) Pids() ([]int, error) {
 }
 
 // String is what people call the container.
-func (c Container) String() string {
-	parts := []string{c.Namespace, c.Pod, c.Name}
-	return strings.Join(slices.DeleteFunc(parts, func(s string) bool { return s == "" }), "/")
-}
+func (c Container) String() string { return c.Path() }
 
 // Inventory is what runs.
 type Inventory struct {
@@ -92,19 +89,7 @@ func Find(ctx context.Context, runDir string) (Inventory, error) {
 	report, err := control.Ask(ctx, runDir)
 	if err == nil {
 		found.Engine = true
-		for _, p := range report.Partitions {
-			for _, c := range p.Containers {
-				known := all[c.ID]
-				if known == nil {
-					// Its cgroup bears another name.
-					known = &Container{Sandbox: config.Sandbox{ID: c.SandboxID}}
-					all[c.ID] = known
-				}
-				known.Container = c.Container
-				known.Sandbox.Namespace = cmp.Or(known.Sandbox.Namespace, c.Namespace)
-				known.Sandbox.ID = cmp.Or(c.SandboxID, known.Sandbox.ID)
-			}
-		}
+		told(all, report.Partitions)
 	} else if !errors.Is(err, control.ErrNoEngine) {
 		found.Missing = append(found.Missing, fmt.Sprintf("engine: %v", err))
 	}
@@ -115,6 +100,25 @@ func Find(ctx context.Context, runDir string) (Inventory, error) {
 		return cmp.Or(cmp.Compare(a.Namespace, b.Namespace), cmp.Compare(a.Pod, b.Pod), cmp.Compare(a.Name, b.Name), cmp.Compare(a.ID, b.ID))
 	})
 	return found, ctx.Err()
+}
+
+// told adds what an engine tells of its containers to what is known of all, by their ids.
+func told(all map[string]*Container, partitions []engine.PartitionStatus) {
+	for _, p := range partitions {
+		for _, c := range p.Containers {
+			known := all[c.ID]
+			if known == nil {
+				// Its cgroup bears another name.
+				known = &Container{Sandbox: config.Sandbox{ID: c.SandboxID}}
+				all[c.ID] = known
+			}
+			known.Container = c.Container
+			known.Sandbox.Namespace = cmp.Or(known.Sandbox.Namespace, c.Namespace)
+			known.Sandbox.ID = cmp.Or(c.SandboxID, known.Sandbox.ID)
+			// By the id of its sandbox the engine knows the VMM of a pod.
+			known.Pause = false
+		}
+	}
 }
 
 // Processes are named processes, each for a container of its own; one that is named twice

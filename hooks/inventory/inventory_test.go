@@ -5,6 +5,7 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
+	"reflect"
 	"slices"
 	"strings"
 	"testing"
@@ -72,6 +73,31 @@ func TestByCgroup(t *testing.T) {
 	}
 	if found, err := byCgroup(filepath.Join(t.TempDir(), "none")); err != nil || len(found) > 0 {
 		t.Errorf("without cgroups: %v, %v", found, err)
+	}
+}
+
+// The engine has names and partitions, containers whose cgroup is found by no name, and the
+// VMMs of pods, by the ids of their sandboxes.
+func TestTold(t *testing.T) {
+	of := func(digit, name string) engine.Container {
+		return engine.Container{ID: id(digit), Name: name, Pod: "web", Namespace: "shop", SandboxID: id("9"), CgroupsPath: "/" + name, Partition: "one"}
+	}
+	all := map[string]*Container{
+		id("a"): {Container: engine.Container{ID: id("a")}, Sandbox: config.Sandbox{ID: "/pod"}},
+		id("9"): {Container: engine.Container{ID: id("9"), Name: "pause"}, Pause: true},
+		id("c"): {Container: engine.Container{ID: id("c")}},
+	}
+	told(all, []engine.PartitionStatus{{Name: "one", Containers: []engine.ContainerStatus{
+		{Container: of("a", "server")}, {Container: of("b", "other")}, {Container: of("9", "vmm")},
+	}}})
+	for digit, name := range map[string]string{"a": "server", "b": "other", "9": "vmm"} {
+		want := Container{Container: of(digit, name), Sandbox: config.Sandbox{ID: id("9"), Namespace: "shop"}}
+		if got := all[id(digit)]; got == nil || !reflect.DeepEqual(*got, want) {
+			t.Errorf("%s is %+v", name, got)
+		}
+	}
+	if c := all[id("c")]; c.Partition != "" || len(all) != 4 {
+		t.Errorf("one that the engine has not is %+v, of %d", c, len(all))
 	}
 }
 

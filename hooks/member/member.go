@@ -142,8 +142,8 @@ func (d *Dir) Get(ctx context.Context, id string) (m Member, found bool, err err
 }
 
 // All reads all members, and removes the files of those that are none any more, and of
-// those that cannot be read: nobody but this package writes there. What is wrong with
-// these is the error, beside the others.
+// those that make no sense: nobody but this package writes there. What is wrong with these
+// is the error, beside the others; so it is if some, or all, cannot be read just now.
 func (d *Dir) All(ctx context.Context) (all []Member, err error) {
 	err = d.locked(ctx, func() error {
 		entries, err := os.ReadDir(d.path)
@@ -162,12 +162,16 @@ func (d *Dir) All(ctx context.Context) (all []Member, err error) {
 				continue
 			}
 			m, err := d.read(path)
-			if err == nil && !d.gone(m.CgroupsPath) {
+			switch {
+			case err == nil && !d.gone(m.CgroupsPath):
 				all = append(all, m)
 				continue
-			}
-			if errors.Is(err, fs.ErrNotExist) {
+			case errors.Is(err, fs.ErrNotExist):
 				err = nil // of another boot
+			case errors.As(err, new(*fs.PathError)):
+				// It makes sense to who has a descriptor left.
+				errs = append(errs, err)
+				continue
 			}
 			errs = append(errs, err, os.Remove(path))
 		}

@@ -128,6 +128,28 @@ func TestAll(t *testing.T) {
 	}
 }
 
+// What cannot be read just now is there later.
+func TestUnreadable(t *testing.T) {
+	ctx, path := t.Context(), t.TempDir()
+	d := open(t, path)
+	if err := d.Put(ctx, member("a")); err != nil {
+		t.Fatal(err)
+	}
+	moved := filepath.Join(path, "moved")
+	if err := errors.Join(os.Rename(d.file("a"), moved), os.Symlink(d.file("a"), d.file("a"))); err != nil {
+		t.Fatal(err)
+	}
+	if all, err := d.All(ctx); !errors.Is(err, unix.ELOOP) || len(all) != 0 {
+		t.Errorf("got %v, %v", all, err)
+	}
+	if err := os.Rename(moved, d.file("a")); err != nil {
+		t.Fatal(err)
+	}
+	if all, err := d.All(ctx); err != nil || len(all) != 1 {
+		t.Errorf("then got %v, %v", all, err)
+	}
+}
+
 func TestConcurrent(t *testing.T) {
 	ctx, path := t.Context(), t.TempDir()
 	var running sync.WaitGroup

@@ -187,7 +187,8 @@ func startPluginAt(t *testing.T, socket, config string) *plugin.Process {
 func poll(t *testing.T, look func(ctx context.Context) (waitsFor string)) {
 	t.Helper()
 	ctx := deadline(t)
-	tick := time.NewTicker(50 * time.Millisecond)
+	// What looks takes the time of what it waits for.
+	tick := time.NewTicker(100 * time.Millisecond)
 	defer tick.Stop()
 	for {
 		waitsFor := look(ctx)
@@ -200,6 +201,17 @@ func poll(t *testing.T, look func(ctx context.Context) (waitsFor string)) {
 			t.Fatalf("%s: %v", waitsFor, context.Cause(ctx))
 		}
 	}
+}
+
+// waitFor polls until something is so.
+func waitFor(t *testing.T, what string, so func() bool) {
+	t.Helper()
+	poll(t, func(context.Context) string {
+		if so() {
+			return ""
+		}
+		return "waiting for " + what
+	})
 }
 
 // stopAfter stops a plugin after the test.
@@ -262,20 +274,12 @@ func wantMerged(t *testing.T, a, b *node.Container) {
 // tables, for where no log tells.
 func waitMerged(t *testing.T, a, b *node.Container) {
 	t.Helper()
-	ctx := deadline(t)
-	tick := time.NewTicker(100 * time.Millisecond)
-	defer tick.Stop()
-	for {
-		together, all := common(t, a, b)
-		if together*100 >= all*least {
-			return
+	poll(t, func(context.Context) string {
+		if together, all := common(t, a, b); together*100 < all*least {
+			return fmt.Sprintf("%s: %s and %s share %d of %d pages", a.Pod.Name, a.Name, b.Name, together, all)
 		}
-		select {
-		case <-tick.C:
-		case <-ctx.Done():
-			t.Fatalf("%s: %s and %s share %d of %d pages: %v", a.Pod.Name, a.Name, b.Name, together, all, context.Cause(ctx))
-		}
-	}
+		return ""
+	})
 }
 
 // do sends a request to all containers, and fails the test if one finds data

@@ -132,8 +132,7 @@ func TestEstimate(t *testing.T) {
 	if err := p.Stop(); err != nil {
 		t.Fatal(err)
 	}
-	// Until the pods' partitions are removed their processes are bound to them: the first
-	// merge by another policy finds that, a later one does not.
+	// The processes are still bound to the pods' partitions, and are let go there.
 	p = startPlugin(t, n, "partitionBy: namespace\n"+often)
 	merged(t, p, bank.ready(), slices.Concat(shop.containers, bank.containers)...)
 	wantWithin5(t, "by namespace", policyOf(t, before, "namespace").Saved, savedBy(t))

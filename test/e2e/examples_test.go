@@ -11,7 +11,6 @@ import (
 	"slices"
 	"strings"
 	"testing"
-	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -146,26 +145,11 @@ func startDaemon(t *testing.T, n *node.Node, kustomization string, change func(*
 			t.Error(err)
 		}
 	})
-	d.waitFor(t, "its startup probe", func() bool {
+	waitFor(t, "its startup probe", func() bool {
 		status, _, err := d.Exec(deadline(t), set.StartupProbe.Exec.Command)
 		return err == nil && status == 0
 	})
 	return d
-}
-
-// waitFor polls, as the kubelet does.
-func (d daemon) waitFor(t *testing.T, what string, done func() bool) {
-	t.Helper()
-	ctx := deadline(t)
-	tick := time.NewTicker(200 * time.Millisecond)
-	defer tick.Stop()
-	for !done() {
-		select {
-		case <-tick.C:
-		case <-ctx.Done():
-			t.Fatalf("waiting for %s: %v", what, context.Cause(ctx))
-		}
-	}
 }
 
 // probe runs the other probes.
@@ -264,7 +248,7 @@ func TestDaemonSet(t *testing.T) {
 		if len(d.set.Ports) != 1 {
 			t.Fatalf("ports are %v, want that of the metrics", d.set.Ports)
 		}
-		d.waitFor(t, "metrics", func() bool {
+		waitFor(t, "metrics", func() bool {
 			r, err := http.Get(fmt.Sprintf("http://127.0.0.1:%d/metrics", d.set.Ports[0].ContainerPort))
 			if err != nil {
 				return false
@@ -283,7 +267,7 @@ func TestDaemonSet(t *testing.T) {
 				*add = slices.DeleteFunc(*add, func(other string) bool { return other == capability })
 			})
 			shop := run(t, n, nil, "shop", others()...)
-			d.waitFor(t, "a refusal", func() bool { return strings.Contains(d.Log(), "permission denied") })
+			waitFor(t, "a refusal", func() bool { return strings.Contains(d.Log(), "permission denied") })
 			if together, _ := common(t, shop.containers[0], shop.containers[1]); together > 0 {
 				t.Errorf("%d pages are merged", together)
 			}
@@ -358,7 +342,7 @@ func TestExamplePods(t *testing.T) {
 	}
 	settled := func(g governed) {
 		t.Helper()
-		d.waitFor(t, "a merge of "+g.name(), func() bool {
+		waitFor(t, "a merge of "+g.name(), func() bool {
 			a, b := g.halves(t)
 			together, err := pages.Merged(a, b)
 			return err == nil && together*100 >= len(a)*least

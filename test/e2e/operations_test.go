@@ -217,7 +217,7 @@ func TestOperations(t *testing.T) {
 
 	// One that is unmerged stays so while others are merged, and is merged when asked for.
 	call(t, readmeUnmerge, inShop)
-	waitFor(t, "unmerged", func() bool { return of(t, inShop).Hold == engine.HoldUnmerged })
+	waitFor(t, "it to be unmerged", func() bool { return of(t, inShop).Hold == engine.HoldUnmerged })
 	merges := of(t, inShop).Work.Merges.Count
 	for range 2 {
 		merged(t, p, time.Now(), bank.containers...)
@@ -309,19 +309,4 @@ func value(body, metric string) (float64, error) {
 	_, rest, _ := strings.Cut("\n"+body, "\n"+metric+" ")
 	text, _, _ := strings.Cut(rest, "\n")
 	return strconv.ParseFloat(text, 64)
-}
-
-// waitFor asks again and again until something is so.
-func waitFor(t *testing.T, what string, so func() bool) {
-	t.Helper()
-	ctx := deadline(t)
-	tick := time.NewTicker(100 * time.Millisecond)
-	defer tick.Stop()
-	for !so() {
-		select {
-		case <-tick.C:
-		case <-ctx.Done():
-			t.Fatalf("not %s: %v", what, ctx.Err())
-		}
-	}
 }

@@ -633,7 +633,7 @@ func TestFailures(t *testing.T) {
 			"selective-ksm: hook poststart: " + broken + `: line 1: partitionBy: "moon" is not known: write container or pod or group or namespace` + "\n"},
 		"stage": {self, []string{"prestart", "-config", n.config},
 			"selective-ksm: hook prestart: the stage is not known: see selective-ksm help\n"},
-		"says nothing": {read, []string{"createRuntime", "-config", n.config, "-deadline", "200ms"},
+		"says nothing": {read, []string{"createRuntime", "-config", n.config, "-deadline", "2s"},
 			"selective-ksm: hook createRuntime: state of the container: standard input: context deadline exceeded\n"},
 	} {
 		t.Run(name, func(t *testing.T) {

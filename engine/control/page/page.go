@@ -74,8 +74,7 @@ func ReadStatus(data []byte) (Status, error) {
 	for _, from := range report.Partitions {
 		p := Partition{Name: from.Name, Spent: from.Work.CPU}
 		for _, c := range from.Containers {
-			name := strings.Join(slices.DeleteFunc([]string{c.Namespace, c.Pod, c.Name}, func(s string) bool { return s == "" }), "/")
-			p.Containers = append(p.Containers, name)
+			p.Containers = append(p.Containers, c.Path())
 			p.Offered += c.Result.Offered
 			p.Merged += c.Result.Merged
 			p.Saved += c.Result.Saved

@@ -2,6 +2,7 @@
 package show
 
 import (
+	"cmp"
 	"fmt"
 	"io"
 	"os"
@@ -203,16 +204,7 @@ func whyNot(c engine.ContainerStatus) string {
 
 // nameOf is how people call a container.
 func nameOf(c engine.ContainerStatus) string {
-	var parts []string
-	for _, part := range []string{c.Namespace, c.Pod, c.Name} {
-		if part != "" {
-			parts = append(parts, part)
-		}
-	}
-	if len(parts) == 0 {
-		return short(c.ID)
-	}
-	return strings.Join(parts, "/")
+	return cmp.Or(c.Path(), short(c.ID))
 }
 
 // podsOf are the pods of a partition, each once. A container without a pod is one.

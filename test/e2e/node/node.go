@@ -337,7 +337,7 @@ func (n *Node) stopContainerd() error {
 	var late error
 	select {
 	case <-n.exited:
-	case <-time.After(20 * time.Second):
+	case <-time.After(stopGrace):
 		n.containerd.Process.Kill()
 		<-n.exited
 		late = errors.New("containerd did not stop when asked to, and was killed")

@@ -21,7 +21,7 @@ func TestPod(t *testing.T) {
 			missing.Skip(t, "not built: %v", err)
 		}
 	}
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
 	defer cancel()
 
 	n, err := Start(ctx, config)

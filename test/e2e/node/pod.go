@@ -282,8 +282,8 @@ func (c *Container) KillShim() error {
 	return nil
 }
 
-// stopGrace is far more than the workload takes to exit.
-const stopGrace = 10 * time.Second
+// stopGrace is far more than anything here takes to exit that is asked to.
+const stopGrace = time.Minute
 
 // Stop stops the container, and removes it.
 func (c *Container) Stop(ctx context.Context) error {

@@ -243,6 +243,9 @@ func (p *Process) Kill() error {
 	return nil
 }
 
+// stopGrace is far more than the plugin takes to end, in a slow VM on a busy machine.
+const stopGrace = time.Minute
+
 // Stop asks the plugin to end, if it was not stopped or killed before. That it
 // does so without complaint is part of what a caller wants to know.
 func (p *Process) Stop() error {
@@ -255,7 +258,7 @@ func (p *Process) Stop() error {
 	}
 	select {
 	case <-p.read:
-	case <-time.After(20 * time.Second):
+	case <-time.After(stopGrace):
 		return errors.Join(errors.New("the plugin did not stop when asked to, and was killed"), p.Kill())
 	}
 	if err := p.cmd.Wait(); err != nil {

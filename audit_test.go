@@ -1,0 +1,33 @@
+package main
+
+import (
+	"os"
+	"testing"
+
+	"github.com/selective-ksm/selective-ksm/engine"
+	"github.com/selective-ksm/selective-ksm/engine/audit"
+	"github.com/selective-ksm/selective-ksm/hooks/inventory"
+)
+
+// What has changed while it was looked at is no proof of anything.
+func TestMovedTo(t *testing.T) {
+	now := inventory.Inventory{Containers: []inventory.Container{
+		{Container: engine.Container{ID: "stays", Partition: "one"}, PID: os.Getpid()},
+		{Container: engine.Container{ID: "went", Partition: "two"}},
+	}}
+	moved := movedTo(now, func(c inventory.Container) string { return c.Partition })
+	for _, tc := range []struct {
+		side audit.Side
+		want bool
+	}{
+		{audit.Side{ID: "stays", Partition: "one", PID: os.Getpid()}, false},
+		{audit.Side{ID: "went", Partition: "one"}, true},
+		{audit.Side{ID: "gone", Partition: "one"}, false},
+		{audit.Side{PID: os.Getpid()}, true},
+		{audit.Side{PID: os.Getppid()}, false},
+	} {
+		if got := moved(tc.side); got != tc.want {
+			t.Errorf("%+v has moved: %v", tc.side, got)
+		}
+	}
+}
