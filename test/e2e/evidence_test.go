@@ -132,8 +132,9 @@ func TestEstimate(t *testing.T) {
 	if err := p.Stop(); err != nil {
 		t.Fatal(err)
 	}
-	// The processes are still bound to the pods' partitions, and are let go there.
-	p = startPlugin(t, n, "partitionBy: namespace\n"+often)
+	// The processes are still bound to the pods' partitions, and are let go there: that is
+	// waited for no longer than it takes.
+	p = startPlugin(t, n, "partitionBy: namespace\n"+once)
 	merged(t, p, bank.ready(), slices.Concat(shop.containers, bank.containers)...)
 	wantWithin5(t, "by namespace", policyOf(t, before, "namespace").Saved, savedBy(t))
 	unchanged(t, slices.Concat(shop.containers, bank.containers)...)
