@@ -530,14 +530,15 @@ func TestPluginKilled(t *testing.T) {
 	n := sharedNode(t)
 	p := startPlugin(t, n, never)
 	guard := border.Watch()
-	// Enough for a merge to take its time.
+	// Enough for a merge to take several turns, of which each uses the budget of seconds.
 	const size = 32
+	const slowly = "startDelays: [0s]\ninterval: 1000h\nbudget: 200%\npartitionBudget: 2%\nbudgetWindow: 1s\npressure: off\nlogFormat: json\n"
 	one := run(t, n, guard, "shop",
 		node.ContainerConfig{Name: "web", MiB: size, Seed: 1}, node.ContainerConfig{Name: "worker", MiB: size, Seed: 1})
 	other := run(t, n, guard, "bank",
 		node.ContainerConfig{Name: "web", MiB: size, Seed: 1}, node.ContainerConfig{Name: "worker", MiB: size, Seed: 1})
 
-	p = replace(t, n, p, once)
+	p = replace(t, n, p, slowly)
 	// The pod that is being merged stays, the other one goes.
 	if !mergeBegun(t, partition.OfPod(one.ID), partition.OfPod(other.ID)) {
 		one, other = other, one
