@@ -78,7 +78,7 @@ HOSTED := TestFaults|TestDelays|TestPartitionsVanish
 .PHONY: test-vm
 test-vm: packages kernel tools image manifests build/bin/selective-ksm build/bin/workload build/bin/actor build/bin/demo build/bin/vm
 	SELECTIVE_KSM_KERNEL=$(CURDIR)/$(KERNEL) go test -count=1 -p 1 -timeout 30m ./test/vm/...
-	go test -count=1 -p 1 -timeout 30m -skip '$(HOSTED)' -exec "$(VM) -timeout 25m -env SELECTIVE_KSM_VM=1 --" \
+	go test -count=1 -p 1 -timeout 50m -skip '$(HOSTED)' -exec "$(VM) -timeout 45m -env SELECTIVE_KSM_VM=1 --" \
 		./engine/... ./test/kernel ./test/pages ./test/e2e/...
 	$(MAKE) demo
 
