@@ -5,6 +5,7 @@
 # make test-hooks    OCI hooks, with podman, runc and crun
 # make test-kernel   the kernel series in all its shapes, and under stress
 # make stress        STRESS=10m of all that may go wrong, on a kernel that checks itself
+# make attack        a timing attack on each kernel, inside of a partition and across
 # make bench         what the plugin costs, on this machine and in a VM
 # make bench-kernel  how long merging takes, next to KSM without the patches' option
 # make kernel-check  style, versions and configurations of the kernel series
@@ -40,6 +41,8 @@ VM := $(call vm,selective-ksm)
 STRESS_VM := $(call vm,debug) -append 'slab_nomerge numa=fake=2' -timeout 24h -env SELECTIVE_KSM_VM=1
 stress = go test -count=1 -v -timeout 0 -exec "$(STRESS_VM) --" ./test/kernel/stress -length $(1)
 STRESS := 10m
+
+attack = go test -count=1 -v -exec "$(call vm,$(1)) -env SELECTIVE_KSM_VM=1 --" ./test/attack
 
 .PHONY: build
 build: build/bin/selective-ksm
@@ -80,6 +83,7 @@ test-vm: packages kernel tools image manifests build/bin/selective-ksm build/bin
 	SELECTIVE_KSM_KERNEL=$(CURDIR)/$(KERNEL) go test -count=1 -p 1 -timeout 30m ./test/vm/...
 	go test -count=1 -p 1 -timeout 50m -skip '$(HOSTED)' -exec "$(VM) -timeout 45m -env SELECTIVE_KSM_VM=1 --" \
 		./engine/... ./test/kernel ./test/pages ./test/e2e/...
+	$(call attack,selective-ksm)
 	$(MAKE) demo
 
 # The examples for Kubernetes, as kubectl apply -k would have them, and by the schemas of
@@ -92,13 +96,14 @@ test-manifests: packages
 
 # What takes more kernels than one.
 .PHONY: test-kernel
-test-kernel: packages kernel-check kernels tools image manifests build/bin/workload build/bin/actor build/bin/vm
+test-kernel: packages kernel-check kernels tools image manifests build/bin/selective-ksm build/bin/workload build/bin/actor build/bin/vm
 	@kernel/deb build/kernel/selective-ksm/config
 	SELECTIVE_KSM_BUILD=$(CURDIR)/build go test -count=1 -p 1 -timeout 30m ./test/kernel/variants
 	go test -count=1 -p 1 -run 'Conformance|VM(Partitions|Restart|Processes)|Planted|Foretold' \
 		-exec "$(call vm,stock) -env SELECTIVE_KSM_VM=1 --" ./engine ./engine/kernel/mainline ./engine/audit ./engine/estimate
 	go test -count=1 -timeout 30m -run 'DaemonSetMainline|NodeFeatureRule' \
 		-exec "$(call vm,stock) -env SELECTIVE_KSM_VM=1 --" ./test/e2e
+	$(call attack,stock)
 	$(call stress,2m)
 
 # Hooks, on this machine's kernel and in the VM.
@@ -106,6 +111,12 @@ test-kernel: packages kernel-check kernels tools image manifests build/bin/workl
 test-hooks: packages kernel tools build/bin/selective-ksm build/bin/workload build/bin/vm
 	go test -count=1 ./test/hooks
 	go test -count=1 -timeout 40m -exec "$(VM) -timeout 35m -env SELECTIVE_KSM_VM=1 --" ./test/hooks
+
+# On both kernels; prints what came of it.
+.PHONY: attack
+attack: packages kernel stock-kernel build/bin/selective-ksm build/bin/vm
+	$(call attack,selective-ksm)
+	$(call attack,stock)
 
 .PHONY: stress
 stress: packages debug-kernel build/bin/actor build/bin/vm

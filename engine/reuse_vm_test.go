@@ -13,7 +13,6 @@ import (
 	"runtime"
 	"strconv"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 	"unsafe"
@@ -23,6 +22,7 @@ import (
 
 	"github.com/selective-ksm/selective-ksm/engine/cgroup"
 	"github.com/selective-ksm/selective-ksm/engine/kernel"
+	"github.com/selective-ksm/selective-ksm/engine/kernel/kerneltest"
 	"github.com/selective-ksm/selective-ksm/engine/kernel/sysfs"
 	"github.com/selective-ksm/selective-ksm/engine/memory"
 	"github.com/selective-ksm/selective-ksm/test/missing"
@@ -30,9 +30,6 @@ import (
 )
 
 const (
-	// numbers is how many pids there are then beside the first 300, which the kernel
-	// gives out once only.
-	numbers = 200
 	// forkerAt is where forkers have their data, all of them, and forkerPages how much.
 	forkerAt    = 0x200000000000
 	forkerPages = 16
@@ -77,27 +74,11 @@ func serveForks() error {
 		case "mergeable":
 			err = unix.Prctl(unix.PR_SET_MEMORY_MERGE, 1, 0, 0, 0)
 		case "fork":
-			answer, err = fork()
+			answer, err = kerneltest.Fork()
 		case "kill":
 			err = unix.Kill(number, unix.SIGKILL)
-		case "reuse": // forks until a child has the number; -1 if that is somebody else's
-			for answer = 1; ; answer++ {
-				if answer > 1000 {
-					answer = -1 // a thread of the kernel has come and taken it
-					break
-				}
-				var pid int
-				// The kernel gives out the next one that is free (CONFIG_CHECKPOINT_RESTORE).
-				if err = os.WriteFile("/proc/sys/kernel/ns_last_pid", fmt.Append(nil, number-1), 0); err != nil {
-					break
-				}
-				if pid, err = fork(); err != nil || pid == number {
-					break
-				}
-				if err = unix.Kill(pid, unix.SIGKILL); err != nil {
-					break
-				}
-			}
+		case "reuse":
+			answer, err = kerneltest.ForkAs(number)
 		}
 		if err != nil {
 			return fmt.Errorf("%s: %w", lines.Text(), err)
@@ -105,26 +86,6 @@ func serveForks() error {
 		fmt.Println(answer)
 	}
 	return lines.Err()
-}
-
-// fork makes a child as fork(2) does. It runs no code of Go's runtime.
-func fork() (int, error) {
-	for {
-		pid, _, errno := syscall.RawSyscall6(unix.SYS_CLONE, uintptr(unix.SIGCHLD), 0, 0, 0, 0, 0)
-		if errno == unix.EAGAIN {
-			continue // all numbers are in use until one that was killed is gone
-		}
-		if pid == 0 && errno == 0 {
-			syscall.RawSyscall6(unix.SYS_PRCTL, unix.PR_SET_PDEATHSIG, uintptr(unix.SIGKILL), 0, 0, 0, 0)
-			for {
-				syscall.RawSyscall(unix.SYS_PAUSE, 0, 0, 0)
-			}
-		}
-		if errno != 0 {
-			return 0, errno
-		}
-		return int(pid), nil
-	}
 }
 
 // forker is a process that forks when it is told.
@@ -262,7 +223,7 @@ func TestVMNumbersUsedAgain(t *testing.T) {
 			if !tc.bind {
 				a.do("mergeable")
 			}
-			fewNumbers(t)
+			kerneltest.FewNumbers(t)
 
 			log, _ := logtest.NewNullLogger()
 			e := New(Options{Kernel: k, Owned: func(string) bool { return false }, Log: log, Settings: Settings{Interval: time.Hour}})
@@ -278,7 +239,7 @@ func TestVMNumbersUsedAgain(t *testing.T) {
 			var forks, taken int
 			for done := 0; done < tc.reuses; {
 				child := a.do("fork")
-				for child < 300 {
+				for child < kerneltest.Reserved {
 					a.do("kill %d", child)
 					child = a.do("fork")
 				}
@@ -319,24 +280,6 @@ func TestVMNumbersUsedAgain(t *testing.T) {
 			}
 		})
 	}
-}
-
-// fewNumbers leaves the machine few numbers for processes, for the time of a test.
-func fewNumbers(t *testing.T) {
-	t.Helper()
-	const path = "/proc/sys/kernel/pid_max"
-	before, err := os.ReadFile(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := os.WriteFile(path, fmt.Appendln(nil, 300+numbers), 0); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := os.WriteFile(path, before, 0); err != nil {
-			t.Error(err)
-		}
-	})
 }
 
 // mergedWith is how many pages of the data that two forkers have are one page.

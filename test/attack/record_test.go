@@ -1,0 +1,185 @@
+package attack_test
+
+import (
+	"fmt"
+	"math"
+	"strconv"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/selective-ksm/selective-ksm/test/attack/rank"
+	"github.com/selective-ksm/selective-ksm/test/e2e/border"
+	"github.com/selective-ksm/selective-ksm/test/pages"
+)
+
+const (
+	// works is the least AUC by which an attack has worked.
+	works = 0.9
+	// falseAlarm is how likely at most a run on one kernel fails by chance: one on both is
+	// twice as likely to.
+	falseAlarm = 0.5e-4
+	// least is how many of the pages that are to be merged must be, in percent. The kernel
+	// leaves out some that it finds busy.
+	least = 95
+)
+
+// own is how many pages the attacker has merged with each other.
+func own(t *testing.T, a *container) int {
+	t.Helper()
+	held := a.held()
+	return len(held) - len(pages.ByFrame(held))
+}
+
+// held are the physical pages of what a container holds.
+func (c *container) held() []pages.Page {
+	c.t.Helper()
+	held, err := pages.Range(c.pid, c.pages.Start, c.pages.End)
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	if want := int(c.pages.End-c.pages.Start) / pageSize; len(held) != want {
+		c.t.Fatalf("%s has %d pages, want %d", c.name, len(held), want)
+	}
+	return held
+}
+
+// enough tells whether as much is merged as must be.
+func enough(merged, of int) bool { return merged*100 >= of*least }
+
+// mergeAll merges until the attacker's own pages are merged: an unpatched kernel may need
+// another scan for those that it found busy.
+func mergeAll(t *testing.T, a *container, merge func()) {
+	t.Helper()
+	for range 10 {
+		if merge(); own(t, a) == calibration {
+			return
+		}
+	}
+	if n := own(t, a); !enough(n, calibration) {
+		t.Fatalf("%d of the attacker's %d pairs are merged", n, calibration)
+	}
+}
+
+// expected is what must come of an attack.
+type expected struct {
+	// shared is that attacker and victim share the guessed pages before, paired that the
+	// attacker's own pairs are merged. Otherwise none are.
+	shared, paired bool
+	// found is that the attacker tells the guessed pages from others.
+	found bool
+}
+
+// row is what came of an attack.
+type row struct {
+	arm string
+	expected
+	shared int // pages with the victim
+	times  *times
+}
+
+// record is what came of all attacks on a kernel.
+type record struct{ rows []row }
+
+// attack has the attacker look for the victim's pages. First it looks itself, by page
+// frames, who shares what.
+func (r *record) attack(t *testing.T, arm string, want expected, a, v *container) {
+	t.Helper()
+	if n := own(t, a); want.paired && !enough(n, calibration) || !want.paired && n != 0 {
+		t.Errorf("%s: %d of the attacker's %d pairs are merged", arm, n, calibration)
+	}
+	shared := 0
+	for _, common := range pages.Common(pages.ByFrame(a.held()), pages.ByFrame(v.held())) {
+		page := int(common.A-a.pages.Start) / pageSize
+		if k := a.pages.Kinds[page]; k != guessed {
+			t.Errorf("%s: a page of kind %d is in a frame of the victim's", arm, k)
+		}
+		shared++
+	}
+	if want.shared {
+		if !enough(shared, guesses) {
+			t.Errorf("%s: attacker and victim share %d of %d pages", arm, shared, guesses)
+		}
+	} else {
+		crossings, err := border.Crossings(
+			border.Process{Tenant: attacker, Name: a.name, PID: a.pid}, border.Process{Tenant: victim, Name: v.name, PID: v.pid})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if len(crossings)+shared > 0 {
+			t.Errorf("%s: attacker and victim share %d guessed pages, and of all that they have %v", arm, shared, crossings)
+		}
+	}
+	r.rows = append(r.rows, row{arm, want, shared, a.ask(opProbe, 0).Times})
+}
+
+// judge prints what came of the attacks, and fails the test unless those were found
+// that must be, and no others.
+func (r *record) judge(t *testing.T) {
+	if len(r.rows) == 0 {
+		return
+	}
+	quiet := 0
+	for _, row := range r.rows {
+		if !row.found {
+			quiet += 2 // its writes and its reads
+		}
+	}
+	limit := rank.Threshold(quiet, falseAlarm)
+	var uts unix.Utsname
+	if err := unix.Uname(&uts); err != nil {
+		t.Fatal(err)
+	}
+	fmt.Printf(`
+Linux %s, seed %d.
+In each arm one read and one write were timed of each of %d guessed pages and
+of %d control pages. AUC is how often one of the former takes longer than one
+of the latter: by chance 0.500. Where |z| is above %.2f they are told apart: by
+chance in less than %.0e of all runs. OWN is the AUC of pages that the attacker
+has merged itself, next to others of its own. HITS are the guessed and the
+control pages, in percent, that it takes for merged: those whose writes take
+longer than halfway between the medians of its own. SHARED are the guessed
+pages that are in a page frame of the victim's.
+
+`, unix.ByteSliceToString(uts.Release[:]), seed, guesses, guesses, limit, falseAlarm)
+	line := func(columns ...any) {
+		fmt.Println(strings.TrimRight(fmt.Sprintf("%-19s %-5s %8s %8s %6s %7s %6s %7s %6s", columns...), " "))
+	}
+	line("ARM", "TIMED", "GUESSED", "CONTROL", "AUC", "z", "OWN", "HITS", "SHARED")
+	line("", "", "ns", "ns", "", "", "", "%", "pages")
+
+	threshold := math.NaN()
+	for _, row := range r.rows {
+		reads, writes := row.times.Reads, row.times.Writes
+		if row.paired {
+			threshold = (rank.Median(writes[paired]) + rank.Median(writes[single])) / 2
+			if auc := rank.Compare(writes[paired], writes[single]).AUC; auc < works {
+				t.Errorf("%s: the probe does not work: the AUC of the attacker's own pages is %.3f", row.arm, auc)
+			}
+		}
+		percent := func(k kind) string { return fmt.Sprintf("%.0f", 100*rank.Above(writes[k], threshold)) }
+		for _, timed := range []struct {
+			arm, what, hits, shared string
+			sample                  [kinds][]float64
+		}{
+			{row.arm, "write", percent(guessed) + "/" + percent(unguessed), strconv.Itoa(row.shared), writes},
+			{"", "read", "", "", reads},
+		} {
+			guess, other, own := timed.sample[guessed], timed.sample[unguessed], "-"
+			c := rank.Compare(guess, other)
+			if row.paired {
+				own = fmt.Sprintf("%.3f", rank.Compare(timed.sample[paired], timed.sample[single]).AUC)
+			}
+			line(timed.arm, timed.what, fmt.Sprintf("%.0f", rank.Median(guess)), fmt.Sprintf("%.0f", rank.Median(other)),
+				fmt.Sprintf("%.3f", c.AUC), fmt.Sprintf("%.2f", c.Z), own, timed.hits, timed.shared)
+			switch {
+			case row.found && timed.what == "write" && c.AUC < works:
+				t.Errorf("%s: an attack that must work has an AUC of %.3f", row.arm, c.AUC)
+			case !row.found && math.Abs(c.Z) > limit:
+				t.Errorf("%s: a %s tells the guessed pages: AUC %.3f, z %.2f", row.arm, timed.what, c.AUC, c.Z)
+			}
+		}
+	}
+	fmt.Println()
+}
