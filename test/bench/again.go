@@ -145,7 +145,7 @@ func (g *guest) repeatedBeside(ctx context.Context, incremental string) (err err
 		return err
 	}
 	defer r.Stop()
-	config := logged + unbounded + "startDelays: [1s]\ninterval: 10s\nmaxInterval: 10s\nincremental: " + incremental + "\n"
+	config := logged + unbounded + fmt.Sprintf("startDelays: [1s]\ninterval: %[1]s\nmaxInterval: %[1]s\nincremental: %s\n", g.interval, incremental)
 	p, err := startAgent(filepath.Join(g.bin, product), dir, config)
 	if err != nil {
 		return err

@@ -47,14 +47,16 @@ type size struct {
 	rounds    int
 
 	partitions []int
-	pairs      int   // of processes in these
-	memory     []int // MiB
-	again      int   // MiB
+	pairs      int           // of processes in these
+	memory     []int         // MiB
+	again      int           // MiB
+	interval   time.Duration // of the engine that merges that
 	stall      time.Duration
 	start      int           // MiB, of all containers
 	window     time.Duration // from the start on
 	idleFrom   time.Duration // in it
 	pods       int           // of four containers
+	quiet      time.Duration // between rounds over them
 	replicas   int           // of each program: so many pods of two, in each of two namespaces
 	starts     int           // of containers with each plugin
 	counts     int           // of Go's benchmarks
@@ -64,14 +66,14 @@ func sizes(quick bool) size {
 	if quick {
 		return size{
 			turns: 1, guest: "3G", merge: 16, processes: []int{2, 8}, equal: []int{0, 50, 100}, rounds: 1,
-			partitions: []int{1, 16}, pairs: 16, memory: []int{16, 64}, again: 16, stall: 2 * time.Second,
-			start: 32, window: 20 * time.Second, idleFrom: 15 * time.Second, pods: 25, replicas: 1, starts: 4, counts: 1,
+			partitions: []int{1, 16}, pairs: 16, memory: []int{16, 64}, again: 16, interval: 5 * time.Second, stall: 2 * time.Second,
+			start: 32, window: 20 * time.Second, idleFrom: 15 * time.Second, pods: 25, quiet: 10 * time.Second, replicas: 1, starts: 4, counts: 1,
 		}
 	}
 	return size{
 		turns: 2, guest: "6500M", merge: 64, processes: []int{2, 8, 32}, equal: []int{0, 10, 50, 100}, rounds: 2,
-		partitions: []int{1, 4, 16, 64, 256}, pairs: 256, memory: []int{64, 256, 1024, 4096}, again: 64, stall: 10 * time.Second,
-		start: 128, window: 90 * time.Second, idleFrom: 70 * time.Second, pods: 250, replicas: 2, starts: 20, counts: 3,
+		partitions: []int{1, 4, 16, 64, 256}, pairs: 256, memory: []int{64, 256, 1024, 4096}, again: 64, interval: 10 * time.Second, stall: 10 * time.Second,
+		start: 128, window: 90 * time.Second, idleFrom: 70 * time.Second, pods: 250, quiet: 30 * time.Second, replicas: 2, starts: 20, counts: 3,
 	}
 }
 

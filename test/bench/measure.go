@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -47,16 +48,10 @@ func measure(ctx context.Context, quick bool, names []string) error {
 	if err != nil {
 		return err
 	}
-	g := &guest{size: sizes(quick), bin: filepath.Dir(self), selective: partition.Supported(), out: json.NewEncoder(os.Stdout)}
-	if g.like.Kernel, err = kernelRelease(); err != nil {
-		return err
-	}
-	if g.like.CPU, err = cpuModel(); err != nil {
-		return err
-	}
 	// Actors end with the thread that has started them.
 	runtime.LockOSThread()
-	if g.stage, err = actor.OpenStage(filepath.Join(g.bin, "actor")); err != nil {
+	g, err := newGuest(sizes(quick), filepath.Dir(self), os.Stdout)
+	if err != nil {
 		return err
 	}
 	defer g.stage.Close()
@@ -74,6 +69,19 @@ func measure(ctx context.Context, quick bool, names []string) error {
 		fmt.Fprintf(os.Stderr, "        %-10s %4.0f s\n", name, time.Since(began).Seconds())
 	}
 	return errors.Join(errs...)
+}
+
+// newGuest measures with the programs of a directory, and writes samples to out.
+func newGuest(s size, bin string, out io.Writer) (g *guest, err error) {
+	g = &guest{size: s, bin: bin, selective: partition.Supported(), out: json.NewEncoder(out)}
+	if g.like.Kernel, err = kernelRelease(); err != nil {
+		return nil, err
+	}
+	if g.like.CPU, err = cpuModel(); err != nil {
+		return nil, err
+	}
+	g.stage, err = actor.OpenStage(filepath.Join(bin, "actor"))
+	return g, err
 }
 
 // sample tells of one value.

@@ -16,15 +16,8 @@ import (
 const (
 	containers = 4 // in each pod
 
-	// quiet is shorter than the interval, so that there is no merge in it.
-	quiet       = 30 * time.Second
 	nodeTimeout = 8 * time.Minute
 )
-
-const nodeConfig = logged + unbounded + `startDelays: [0s]
-interval: 60s
-maxInterval: 60s
-`
 
 // node measures the plugin beside many containers, each with one small process.
 func (g *guest) node(ctx context.Context) (err error) {
@@ -48,7 +41,9 @@ func (g *guest) node(ctx context.Context) (err error) {
 		return err
 	}
 	defer r.Stop()
-	p, err := startAgent(filepath.Join(g.bin, product), dir, nodeConfig)
+	// The interval is longer than the time in which there is to be no merge.
+	config := logged + unbounded + fmt.Sprintf("startDelays: [0s]\ninterval: %[1]s\nmaxInterval: %[1]s\n", 2*g.quiet)
+	p, err := startAgent(filepath.Join(g.bin, product), dir, config)
 	if err != nil {
 		return err
 	}
@@ -74,7 +69,7 @@ func (g *guest) node(ctx context.Context) (err error) {
 	}
 	// Between the first merge and the next, by the interval, nothing is to be done.
 	first := p.cpu()
-	if err := wait(ctx, quiet); err != nil {
+	if err := wait(ctx, g.quiet); err != nil {
 		return err
 	}
 	idle := p.cpu() - first
@@ -94,7 +89,7 @@ func (g *guest) node(ctx context.Context) (err error) {
 	return errors.Join(
 		g.sample(result.Sample{Figure: "reconcile", Case: what, Variant: product, Value: took.Seconds()}),
 		g.sample(result.Sample{Figure: "resident", Case: what, Variant: product, Value: float64(resident) / (1 << 20)}),
-		g.sample(result.Sample{Figure: "idle", Case: what, Variant: product, Value: 100 * idle.Seconds() / quiet.Seconds()}),
+		g.sample(result.Sample{Figure: "idle", Case: what, Variant: product, Value: 100 * idle.Seconds() / g.quiet.Seconds()}),
 		g.sample(result.Sample{Figure: "pass", Case: firstMerge, Variant: product, Value: first.Seconds()}),
 		g.sample(result.Sample{Figure: "pass", Case: "no change", Variant: product, Value: round.Seconds()}),
 	)
