@@ -76,10 +76,10 @@ HOSTED := TestFaults|TestDelays|TestPartitionsVanish
 
 # The tests of the VM, and those that need a kernel with Selective KSM, in it.
 .PHONY: test-vm
-test-vm: packages kernel tools image manifests build/bin/selective-ksm build/bin/workload build/bin/actor build/bin/demo build/bin/vm
+test-vm: packages kernel tools programs image manifests build/bin/selective-ksm build/bin/workload build/bin/actor build/bin/demo build/bin/vm
 	SELECTIVE_KSM_KERNEL=$(CURDIR)/$(KERNEL) go test -count=1 -p 1 -timeout 30m ./test/vm/...
 	go test -count=1 -p 1 -timeout 30m -skip '$(HOSTED)' -exec "$(VM) -timeout 25m -env SELECTIVE_KSM_VM=1 --" \
-		./engine/... ./test/kernel ./test/pages ./test/e2e/...
+		./engine/... ./test/bench ./test/kernel ./test/pages ./test/e2e/...
 	$(MAKE) demo
 
 # The examples for Kubernetes, as kubectl apply -k would have them, and by the schemas of
@@ -92,11 +92,12 @@ test-manifests: packages
 
 # What takes more kernels than one.
 .PHONY: test-kernel
-test-kernel: packages kernel-check kernels tools image manifests build/bin/workload build/bin/actor build/bin/vm
+test-kernel: packages kernel-check kernels tools programs image manifests build/bin/selective-ksm build/bin/workload build/bin/actor build/bin/vm
 	@kernel/deb build/kernel/selective-ksm/config
 	SELECTIVE_KSM_BUILD=$(CURDIR)/build go test -count=1 -p 1 -timeout 30m ./test/kernel/variants
 	go test -count=1 -p 1 -run 'Conformance|VM(Partitions|Restart|Processes)|Planted|Foretold' \
 		-exec "$(call vm,stock) -env SELECTIVE_KSM_VM=1 --" ./engine ./engine/kernel/mainline ./engine/audit ./engine/estimate
+	go test -count=1 -run Measure -exec "$(call vm,stock) -env SELECTIVE_KSM_VM=1 --" ./test/bench
 	go test -count=1 -timeout 30m -run 'DaemonSetMainline|NodeFeatureRule' \
 		-exec "$(call vm,stock) -env SELECTIVE_KSM_VM=1 --" ./test/e2e
 	$(call stress,2m)

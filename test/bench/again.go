@@ -102,7 +102,7 @@ func (g *guest) repeatedByKsmd(ctx context.Context) (err error) {
 		if change.percent == 0 {
 			t, err = d.scan(ctx)
 		} else if err = errors.Join(d.pause(), c.change(change.percent)); err == nil {
-			t, s.Over, err = d.merges(ctx, m, c.saving(), patience)
+			t, err = d.mergesAgain(ctx, m, c.saving())
 		}
 		if err := errors.Join(err, g.took("again", s, t, 1)); err != nil {
 			return err

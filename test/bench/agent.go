@@ -39,14 +39,16 @@ type agent struct {
 }
 
 // startAgent starts the plugin with a configuration, beside the runtime's half in a
-// directory.
-func startAgent(program, dir, config string, args ...string) (*agent, error) {
+// directory. At its end it leaves nothing merged.
+func startAgent(program, dir, config string) (*agent, error) {
 	path := filepath.Join(dir, "config.yaml")
 	if err := os.WriteFile(path, []byte(config), 0o644); err != nil {
 		return nil, err
 	}
-	args = append([]string{"plugin", "-config", path, "-socket", filepath.Join(dir, "nri.sock")}, args...)
-	p := &agent{cmd: exec.Command(program, args...), read: make(chan struct{}), more: make(chan struct{})}
+	p := &agent{
+		cmd:  exec.Command(program, "plugin", "-config", path, "-socket", filepath.Join(dir, "nri.sock"), "-remove-on-exit"),
+		read: make(chan struct{}), more: make(chan struct{}),
+	}
 	log, err := p.cmd.StderrPipe()
 	if err != nil {
 		return nil, err

@@ -17,8 +17,13 @@ import (
 	"github.com/selective-ksm/selective-ksm/test/e2e/plugin"
 )
 
-// perTurn is how many containers are started with one plugin before it is the other's turn.
-const perTurn = 2
+// perTurn is how many containers are started with one plugin before it is the other's turn,
+// besides the first: a program's first steps are slow where they are emulated. between is
+// the pause after each, in which a merge of it can end.
+const (
+	perTurn = 4
+	between = time.Second
+)
 
 // runtime measures what a container's creation and start take of containerd's time, with
 // our plugin and with one that hears of the same and does nothing, in turn.
@@ -35,33 +40,31 @@ func (g *guest) runtime(ctx context.Context) (err error) {
 	if err := os.WriteFile(config, []byte("logFormat: json\n"), 0o644); err != nil {
 		return err
 	}
-	if err := g.createWith(ctx, n, "", 1); err != nil { // the first is slower
-		return err
-	}
-	for range g.starts / perTurn {
-		if err := withIdlePlugin(ctx, n.NRISocket(), func() error { return g.createWith(ctx, n, idlePlugin, perTurn) }); err != nil {
+	for left := g.starts; left > 0; left -= perTurn {
+		count := min(left, perTurn)
+		if err := withIdlePlugin(ctx, n.NRISocket(), func() error { return g.createWith(ctx, n, idlePlugin, count) }); err != nil {
 			return err
 		}
 		p, err := plugin.Start(ctx, filepath.Join(g.bin, product), config, n.NRISocket())
 		if err != nil {
 			return err
 		}
-		if err := errors.Join(g.createWith(ctx, n, product, perTurn), p.Stop()); err != nil {
+		if err := errors.Join(g.createWith(ctx, n, product, count), p.Stop()); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-// createWith creates and starts containers in a pod, and tells what each took, if there is
-// somebody to tell of.
-func (g *guest) createWith(ctx context.Context, n *node.Node, variant string, containers int) (err error) {
+// createWith creates and starts containers in a pod, and tells what each took, but for the
+// first.
+func (g *guest) createWith(ctx context.Context, n *node.Node, variant string, count int) (err error) {
 	pod, err := n.RunPod(ctx, "bench")
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, pod.Remove(ctx)) }()
-	for i := range containers {
+	for i := range count + 1 {
 		began := time.Now()
 		created, err := n.CRI().CreateContainer(ctx, &cri.CreateContainerRequest{
 			PodSandboxId: pod.ID, SandboxConfig: pod.Config(),
@@ -82,7 +85,10 @@ func (g *guest) createWith(ctx context.Context, n *node.Node, variant string, co
 			return err
 		}
 		end := time.Now()
-		if variant == "" {
+		if err := wait(ctx, between); err != nil {
+			return err
+		}
+		if i == 0 {
 			continue
 		}
 		for what, took := range map[string]time.Duration{"create": half.Sub(began), "start": end.Sub(half)} {
@@ -120,7 +126,7 @@ func (idle) RemovePodSandbox(context.Context, *api.PodSandbox) error            
 // withIdlePlugin calls f while such a plugin is connected.
 func withIdlePlugin(ctx context.Context, socket string, f func() error) error {
 	i := idle{make(chan struct{})}
-	s, err := stub.New(i, stub.WithPluginName("idle"), stub.WithPluginIdx(plugin.Index), stub.WithSocketPath(socket))
+	s, err := stub.New(i, stub.WithPluginName("idle"), stub.WithPluginIdx(plugin.Index), stub.WithSocketPath(socket), stub.WithLogger(silent{}))
 	if err != nil {
 		return err
 	}

@@ -18,10 +18,11 @@ const (
 	byAdvisor = "ksmd, scan-time advisor"
 )
 
-// Cases that others are compared with.
+// Cases and variants that others are compared with.
 const (
 	firstMerge   = "first merge"
 	onePartition = "1 partition"
+	reading      = "estimate"
 	idlePlugin   = "a plugin that does nothing"
 	emptyHook    = "/bin/true"
 )
@@ -57,9 +58,10 @@ type size struct {
 	idleFrom   time.Duration // in it
 	pods       int           // of four containers
 	quiet      time.Duration // between rounds over them
-	replicas   int           // of each program: so many pods of two, in each of two namespaces
-	starts     int           // of containers with each plugin
-	counts     int           // of Go's benchmarks
+	programs   []program
+	replicas   int // of each program: so many pods of two, in each of two namespaces
+	starts     int // of containers with each plugin
+	counts     int // of Go's benchmarks
 }
 
 func sizes(quick bool) size {
@@ -67,13 +69,13 @@ func sizes(quick bool) size {
 		return size{
 			turns: 1, guest: "3G", merge: 16, processes: []int{2, 8}, equal: []int{0, 50, 100}, rounds: 1,
 			partitions: []int{1, 16}, pairs: 16, memory: []int{16, 64}, again: 16, interval: 5 * time.Second, stall: 2 * time.Second,
-			start: 32, window: 20 * time.Second, idleFrom: 15 * time.Second, pods: 25, quiet: 10 * time.Second, replicas: 1, starts: 4, counts: 1,
+			start: 32, window: 20 * time.Second, idleFrom: 15 * time.Second, pods: 25, quiet: 20 * time.Second, programs: programs, replicas: 1, starts: 4, counts: 1,
 		}
 	}
 	return size{
-		turns: 2, guest: "6500M", merge: 64, processes: []int{2, 8, 32}, equal: []int{0, 10, 50, 100}, rounds: 2,
-		partitions: []int{1, 4, 16, 64, 256}, pairs: 256, memory: []int{64, 256, 1024, 4096}, again: 64, interval: 10 * time.Second, stall: 10 * time.Second,
-		start: 128, window: 90 * time.Second, idleFrom: 70 * time.Second, pods: 250, quiet: 30 * time.Second, replicas: 2, starts: 20, counts: 3,
+		turns: 2, guest: "6500M", merge: 32, processes: []int{2, 8, 32}, equal: []int{0, 10, 50, 100}, rounds: 2,
+		partitions: []int{1, 4, 16, 64, 256}, pairs: 256, memory: []int{64, 256, 1024, 4096}, again: 64, interval: 5 * time.Second, stall: 5 * time.Second,
+		start: 128, window: 75 * time.Second, idleFrom: 65 * time.Second, pods: 250, quiet: 30 * time.Second, programs: programs, replicas: 2, starts: 24, counts: 3,
 	}
 }
 
@@ -148,7 +150,12 @@ func figuresOf(quick bool) []result.Figure {
 		{Name: "pass", Unit: "s", Case: firstMerge, Title: fmt.Sprintf("6. CPU time of a round over %d containers, in the VM", s.pods*containers)},
 		{Name: "round", Unit: "ms", Limit: maxRound, Title: "6. A round that changes nothing, on the machine itself"},
 		{
-			Name: "programs", Unit: "MiB", Title: fmt.Sprintf("7. Saved of %d containers of a program: 2 in a pod, %d in a namespace", 4*s.replicas, 2*s.replicas),
+			Name: "estimate", Unit: "s/GiB", Variant: reading,
+			Title: fmt.Sprintf("7. CPU time next to an estimate, %d MiB of %d processes", s.merge, someProcesses),
+		},
+		{Name: "read", Unit: "s/GiB", Title: "7. CPU time of an estimate, on the machine itself"},
+		{
+			Name: "programs", Unit: "MiB", Title: fmt.Sprintf("8. Saved of %d containers of a program: 2 in a pod, %d in a namespace", 4*s.replicas, 2*s.replicas),
 		},
 	}
 }

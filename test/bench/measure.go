@@ -36,9 +36,10 @@ var parts = map[string]func(*guest, context.Context) error{
 	"partitions": (*guest).partitioned,
 	"memory":     (*guest).sized,
 	"again":      (*guest).repeated,
+	"estimate":   (*guest).estimated,
 	"stall":      (*guest).stalled,
 	"start":      (*guest).started,
-	"programs":   (*guest).programs,
+	"programs":   (*guest).saved,
 	"runtime":    (*guest).runtime,
 	"node":       (*guest).node,
 }

@@ -17,6 +17,8 @@ const (
 	containers = 4 // in each pod
 
 	nodeTimeout = 8 * time.Minute
+	// calm is how long after the last merge all is idle.
+	calm = 2 * time.Second
 )
 
 // node measures the plugin beside many containers, each with one small process.
@@ -42,7 +44,7 @@ func (g *guest) node(ctx context.Context) (err error) {
 	}
 	defer r.Stop()
 	// The interval is longer than the time in which there is to be no merge.
-	config := logged + unbounded + fmt.Sprintf("startDelays: [0s]\ninterval: %[1]s\nmaxInterval: %[1]s\n", 2*g.quiet)
+	config := logged + unbounded + fmt.Sprintf("startDelays: [0s]\ninterval: %[1]s\nmaxInterval: %[1]s\n", 2*(calm+g.quiet))
 	p, err := startAgent(filepath.Join(g.bin, product), dir, config)
 	if err != nil {
 		return err
@@ -69,10 +71,14 @@ func (g *guest) node(ctx context.Context) (err error) {
 	}
 	// Between the first merge and the next, by the interval, nothing is to be done.
 	first := p.cpu()
+	if err := wait(ctx, calm); err != nil {
+		return err
+	}
+	idle := p.cpu()
 	if err := wait(ctx, g.quiet); err != nil {
 		return err
 	}
-	idle := p.cpu() - first
+	idle = p.cpu() - idle
 	if merged := p.merged(); merged != all {
 		return fmt.Errorf("%d merges while nothing was to be done", merged-all)
 	}

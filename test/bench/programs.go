@@ -126,13 +126,13 @@ func exchange(ctx context.Context, dir, say, want string) error {
 	return nil
 }
 
-// programs measures what is saved of containers with real programs, by policy, and what is
+// saved measures what is saved of containers with real programs, by policy, and what is
 // estimated beforehand. A kernel without partitions merges all with each other.
-func (g *guest) programs(ctx context.Context) error {
+func (g *guest) saved(ctx context.Context) error {
 	if err := g.unpack(ctx); err != nil {
 		return err
 	}
-	for _, p := range programs {
+	for _, p := range g.programs {
 		if err := g.savedOf(ctx, p); err != nil {
 			return fmt.Errorf("%s: %w", p.name, err)
 		}
@@ -189,7 +189,7 @@ func (g *guest) savedOf(ctx context.Context, p program) (err error) {
 	if err := errors.Join(err, tell("anonymous memory", all)); err != nil {
 		return err
 	}
-	estimated, err := g.estimated(ctx, r, dir)
+	estimated, err := g.foretold(ctx, r, dir)
 	if err != nil {
 		return err
 	}
@@ -274,10 +274,10 @@ func (f *fleet) anonymous() (sum uint64, err error) {
 	return sum, nil
 }
 
-// estimated is what selective-ksm estimate says that each policy would save, in bytes. It
+// foretold is what selective-ksm estimate says that each policy would save, in bytes. It
 // asks a plugin, which merges nothing, for the containers' namespaces.
-func (g *guest) estimated(ctx context.Context, r *nri, dir string) (by map[string]uint64, err error) {
-	p, err := startAgent(filepath.Join(g.bin, product), dir, logged+"startDelays: [1h]\ninterval: 24h\npressure: off\n", "-remove-on-exit")
+func (g *guest) foretold(ctx context.Context, r *nri, dir string) (by map[string]uint64, err error) {
+	p, err := startAgent(filepath.Join(g.bin, product), dir, logged+"startDelays: [1h]\ninterval: 24h\npressure: off\n")
 	if err != nil {
 		return nil, err
 	}
@@ -305,7 +305,7 @@ func (g *guest) savedBy(ctx context.Context, f *fleet, r *nri, dir, policy strin
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	config := logged + unbounded + "startDelays: [0s]\ninterval: 24h\npressure: off\npartitionBy: " + policy + "\n"
-	p, err := startAgent(filepath.Join(g.bin, product), dir, config, "-remove-on-exit")
+	p, err := startAgent(filepath.Join(g.bin, product), dir, config)
 	if err != nil {
 		return 0, err
 	}

@@ -11,7 +11,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
-	"runtime/debug"
 	"slices"
 	"strconv"
 	"strings"
@@ -40,14 +39,16 @@ type boot struct {
 
 // turn are the boots that come again and again, for what the kernels are compared in.
 var turn = []boot{
-	{selective, []string{"merge", "partitions", "memory", "again", "stall", "start"}},
-	{stock, []string{"merge", "again", "stall", "start"}},
+	{selective, []string{"merge", "partitions", "memory", "again", "estimate", "stall", "start"}},
+	{stock, []string{"merge", "again", "estimate", "stall", "start"}},
 }
 
 // once are boots for what is compared within one, or what does not depend on time.
 var once = []boot{
-	{selective, []string{"programs", "runtime", "node"}},
+	{selective, []string{"programs"}},
 	{stock, []string{"programs"}},
+	{selective, []string{"runtime"}},
+	{selective, []string{"node"}},
 }
 
 // native is the part that runs on the machine itself.
@@ -80,7 +81,7 @@ func (r *runner) run(ctx context.Context) error {
 	if r.wants(native) {
 		errs = append(errs, r.native(ctx))
 	}
-	errs = append(errs, r.tell())
+	errs = append(errs, r.tell(ctx))
 	return errors.Join(errs...)
 }
 
@@ -136,6 +137,9 @@ var goBenchmarks = []struct {
 	}},
 	{"./plugin", "Answers", "100x", map[string]result.Sample{
 		"Answers ms/slowest": {Figure: "answer", Case: "20 pods at once", Variant: product, Value: 1},
+	}},
+	{"./engine/estimate", "Read", "1s", map[string]result.Sample{
+		"Read cpu-s/GiB": {Figure: "read", Case: "4 processes of 128 MiB", Variant: product, Value: 1},
 	}},
 	{"./test/hooks", "Hook", "20x", map[string]result.Sample{
 		"Hook/daemon true-ms":          {Figure: "hook", Case: "/bin/true", Variant: product, Value: 1},
@@ -200,7 +204,7 @@ func parse(out string, of map[string]result.Sample) ([]result.Sample, error) {
 }
 
 // tell writes the results, and returns an error for what is above its limit.
-func (r *runner) tell() error {
+func (r *runner) tell(ctx context.Context) error {
 	figures := figuresOf(r.quick)
 	results, err := result.Summarize(figures, r.samples)
 	if err != nil {
@@ -211,7 +215,7 @@ func (r *runner) tell() error {
 	}
 	report := result.Report{
 		Date: r.began.UTC().Truncate(time.Second), Took: time.Since(r.began).Round(time.Second).Seconds(),
-		Command: "make bench", Quick: r.quick, Commit: commit(), Results: results,
+		Command: "make bench", Quick: r.quick, Commit: commit(ctx), Results: results,
 	}
 	if r.quick {
 		report.Command += " QUICK=1"
@@ -257,22 +261,13 @@ func draw(path string, f result.Figure, results []result.Result) error {
 	return errors.Join(chart.Write(file, f, results), file.Close())
 }
 
-// commit is what this program was built from.
-func commit() string {
-	info, ok := debug.ReadBuildInfo()
-	if !ok {
+// commit is what is checked out, if git knows.
+func commit(ctx context.Context) string {
+	out, err := exec.CommandContext(ctx, "git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*").Output()
+	if err != nil {
 		return ""
 	}
-	revision, modified := "", ""
-	for _, s := range info.Settings {
-		switch {
-		case s.Key == "vcs.revision":
-			revision = s.Value
-		case s.Key == "vcs.modified" && s.Value == "true":
-			modified = ", changed"
-		}
-	}
-	return revision + modified
+	return strings.TrimSpace(string(out))
 }
 
 func machine() (m result.Machine, err error) {

@@ -68,22 +68,9 @@ func (d *drawing) title() {
 	d.text(10, 40, "start", ` fill="#555"`, "median, and from the first quartile to the third")
 }
 
-// names are the variants, in their order; those that two kernels have bear the kernel's.
+// names are the variants, in their order.
 func (d *drawing) names() (names []string, of func(result.Result) string) {
-	kernels := map[string]string{}
-	twice := map[string]bool{}
-	for _, r := range d.rows {
-		if k, ok := kernels[r.Variant]; ok && k != r.Kernel {
-			twice[r.Variant] = true
-		}
-		kernels[r.Variant] = r.Kernel
-	}
-	of = func(r result.Result) string {
-		if twice[r.Variant] {
-			return r.Variant + ", " + r.Kernel
-		}
-		return r.Variant
-	}
+	of = result.Names(d.rows)
 	for _, r := range d.rows {
 		if !slices.Contains(names, of(r)) {
 			names = append(names, of(r))

@@ -116,8 +116,8 @@ func spread(values []float64) Spread {
 	return Spread{N: len(v), Median: quantile(0.5), Q1: quantile(0.25), Q3: quantile(0.75), Least: v[0], Most: v[len(v)-1]}
 }
 
-// Summarize returns a result for all samples of the same, in the order of the figures, and
-// then in that in which they first come. A sample of no figure is an error.
+// Summarize returns a result for all samples of the same, in the order of the figures, then
+// of cases and then of variants, as they first come. A sample of no figure is an error.
 func Summarize(figures []Figure, samples []Sample) ([]Result, error) {
 	for _, s := range samples {
 		if !slices.ContainsFunc(figures, func(f Figure) bool { return f.Name == s.Figure }) {
@@ -129,6 +129,12 @@ func Summarize(figures []Figure, samples []Sample) ([]Result, error) {
 		of := where(samples, func(s Sample) bool { return s.Figure == f.Name })
 		for len(of) > 0 {
 			first := of[0]
+			if len(results) > 0 {
+				// Another variant of the same case, if there is one.
+				last := results[len(results)-1]
+				i := slices.IndexFunc(of, func(s Sample) bool { return s.Figure == last.Figure && s.Case == last.Case })
+				first = of[max(i, 0)]
+			}
 			alike := func(s Sample) bool {
 				return s.Case == first.Case && s.Variant == first.Variant && s.Kernel == first.Kernel
 			}

@@ -20,11 +20,14 @@ var figures = []Figure{
 // in the second.
 func samples() []Sample {
 	var all []Sample
+	cases := []string{"2 processes", "8 processes"}
 	for turn, slow := range []float64{1, 2} {
-		for _, kase := range []string{"2 processes", "8 processes"} {
+		for _, kase := range cases {
 			for _, noise := range []float64{0, 0.1} {
 				all = append(all, Sample{Figure: "wall", Case: kase, Variant: "ours", Value: slow * (1 + noise), Turn: turn, Kernel: "a"})
 			}
+		}
+		for _, kase := range cases {
 			all = append(all, Sample{Figure: "wall", Case: kase, Variant: "other", Value: slow * 4, Turn: turn, Kernel: "b", Over: turn == 1})
 		}
 		for _, kernel := range []string{"a", "b"} {
@@ -79,6 +82,12 @@ func TestSummarize(t *testing.T) {
 			t.Errorf("kernel %s: ratio %+v, want %v", kernel, r, want)
 		}
 	}
+	// What a case has of other kernels comes next to it.
+	for i, kase := range []string{"2 processes", "2 processes", "8 processes", "8 processes"} {
+		if results[i].Case != kase {
+			t.Errorf("result %d is of %s, not of %s", i, results[i].Case, kase)
+		}
+	}
 	if _, err := Summarize(figures, []Sample{{Figure: "unknown"}}); err == nil {
 		t.Error("a sample of no figure is none that is missed")
 	}
@@ -115,7 +124,7 @@ func TestAbove(t *testing.T) {
 func TestReport(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "results.json")
 	r := Report{
-		Date: time.Unix(1e9, 0).UTC(), Took: 1, Command: "make bench", Commit: strings.Repeat("a", 40),
+		Date: time.Unix(1e9, 0).UTC(), Took: 1, Command: "make bench", Commit: strings.Repeat("a", 12),
 		Machine: Machine{CPU: "a CPU", CPUs: 2, MiB: 1, Kernel: "6.12"}, Results: summary(t),
 	}
 	if err := r.Write(path); err != nil {

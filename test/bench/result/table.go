@@ -18,8 +18,8 @@ const nameWidth = 30
 // for it.
 func (r Report) Table(w io.Writer, figures []Figure, short bool) error {
 	var b strings.Builder
-	fmt.Fprintf(&b, "%s, %s, %s", r.Date.UTC().Format("2 January 2006"), r.Command, shown(r.Commit))
-	fmt.Fprintf(&b, "\n%d CPUs %s, Linux %s\n", r.Machine.CPUs, r.Machine.CPU, r.Machine.Kernel)
+	fmt.Fprintf(&b, "%s, %s, %s\n", r.Date.UTC().Format("2 January 2006"), r.Command, r.Commit)
+	fmt.Fprintf(&b, "%d CPUs %s, Linux %s\n", r.Machine.CPUs, r.Machine.CPU, r.Machine.Kernel)
 	for _, f := range figures {
 		rows := slices.DeleteFunc(slices.Clone(r.Results), func(row Result) bool {
 			return row.Figure != f.Name || short && f.Short != nil && !slices.Contains(f.Short, row.Case)
@@ -33,21 +33,24 @@ func (r Report) Table(w io.Writer, figures []Figure, short bool) error {
 		}
 		fmt.Fprintf(&b, "\n%s\n", title)
 		fmt.Fprintf(&b, "%s\n", strings.TrimRight(fmt.Sprintf("%-*s %3s %-22s %s", nameWidth, "", "n", "median (quartiles)", f.of()), " "))
-		last := ""
+		names, last := Names(rows), ""
+		one := !slices.ContainsFunc(rows, func(r Result) bool { return names(r) != names(rows[0]) })
 		for _, row := range rows {
-			b.WriteString(strings.TrimRight(row.line(f, rows, &last), " ") + "\n")
+			switch {
+			case one:
+				fmt.Fprintf(&b, "%-*s", nameWidth, "  "+row.Case)
+			case row.Case != last:
+				fmt.Fprintf(&b, "  %s\n", row.Case)
+				fallthrough
+			default:
+				fmt.Fprintf(&b, "%-*s", nameWidth, "    "+names(row))
+			}
+			last = row.Case
+			b.WriteString(strings.TrimRight(row.numbers(f), " ") + "\n")
 		}
 	}
 	_, err := io.WriteString(w, b.String())
 	return err
-}
-
-// shown is as much of a commit as people are shown.
-func shown(commit string) string {
-	if len(commit) > 12 {
-		return commit[:12]
-	}
-	return commit
 }
 
 func (f Figure) of() string {
@@ -60,20 +63,22 @@ func (f Figure) of() string {
 	return ""
 }
 
-// line is a row: the case is told where it is another one than that of the row before.
-func (r Result) line(f Figure, rows []Result, last *string) string {
-	var name string
-	one := !slices.ContainsFunc(rows, func(o Result) bool { return o.Variant != rows[0].Variant })
-	switch {
-	case one:
-		name = "  " + r.Case
-	case r.Case != *last:
-		name = "  " + r.Case + "\n"
-		*last = r.Case
-		fallthrough
-	default:
-		name += fmt.Sprintf("%-*s", nameWidth, "    "+r.Variant)
+// Names names variants. Those that several kernels have bear what the kernel's release ends
+// with, too.
+func Names(rows []Result) func(Result) string {
+	return func(r Result) string {
+		other := slices.ContainsFunc(rows, func(o Result) bool {
+			return o.Case == r.Case && o.Variant == r.Variant && o.Kernel != r.Kernel
+		})
+		if _, kind, ok := strings.Cut(r.Kernel, "-"); ok && other {
+			return r.Variant + ", " + kind
+		}
+		return r.Variant
 	}
+}
+
+// numbers are what a row has besides its name.
+func (r Result) numbers(f Figure) string {
 	over := ""
 	if r.Over > 0 {
 		over = ">"
@@ -84,7 +89,7 @@ func (r Result) line(f Figure, rows []Result, last *string) string {
 	} else if f.of() != "" {
 		ratio = "1"
 	}
-	return fmt.Sprintf("%-*s %3d %-22s %s", nameWidth, name, r.N, fmt.Sprintf("%s%s (%s-%s)", over, number(r.Median), number(r.Q1), number(r.Q3)), ratio)
+	return fmt.Sprintf(" %3d %-22s %s", r.N, fmt.Sprintf("%s%s (%s-%s)", over, number(r.Median), number(r.Q1), number(r.Q3)), ratio)
 }
 
 // number has three digits that count, and four behind the point at most.
