@@ -6,7 +6,7 @@
 # make test-kernel   the kernel series in all its shapes, and under stress
 # make stress        STRESS=10m of all that may go wrong, on a kernel that checks itself
 # make attack        a timing attack on each kernel, inside of a partition and across
-# make bench         what the plugin costs, on this machine and in a VM
+# make bench         what merging and the plugin take, save and cost: a table, JSON, charts
 # make bench-kernel  how long merging takes, next to KSM without the patches' option
 # make kernel-check  style, versions and configurations of the kernel series
 # make kernel-deb    CONFIG=FILE: installable packages of a kernel with the series
@@ -79,10 +79,10 @@ HOSTED := TestFaults|TestDelays|TestPartitionsVanish
 
 # The tests of the VM, and those that need a kernel with Selective KSM, in it.
 .PHONY: test-vm
-test-vm: packages kernel tools image manifests build/bin/selective-ksm build/bin/workload build/bin/actor build/bin/demo build/bin/vm
+test-vm: packages kernel tools programs image manifests build/bin/selective-ksm build/bin/workload build/bin/actor build/bin/demo build/bin/vm
 	SELECTIVE_KSM_KERNEL=$(CURDIR)/$(KERNEL) go test -count=1 -p 1 -timeout 30m ./test/vm/...
 	go test -count=1 -p 1 -timeout 50m -skip '$(HOSTED)' -exec "$(VM) -timeout 45m -env SELECTIVE_KSM_VM=1 --" \
-		./engine/... ./test/kernel ./test/pages ./test/e2e/...
+		./engine/... ./test/bench ./test/kernel ./test/pages ./test/e2e/...
 	$(call attack,selective-ksm)
 	$(MAKE) demo
 
@@ -96,11 +96,12 @@ test-manifests: packages
 
 # What takes more kernels than one.
 .PHONY: test-kernel
-test-kernel: packages kernel-check kernels tools image manifests build/bin/selective-ksm build/bin/workload build/bin/actor build/bin/vm
+test-kernel: packages kernel-check kernels tools programs image manifests build/bin/selective-ksm build/bin/workload build/bin/actor build/bin/vm
 	@kernel/deb build/kernel/selective-ksm/config
 	SELECTIVE_KSM_BUILD=$(CURDIR)/build go test -count=1 -p 1 -timeout 30m ./test/kernel/variants
 	go test -count=1 -p 1 -run 'Conformance|VM(Partitions|Restart|Processes)|Planted|Foretold' \
 		-exec "$(call vm,stock) -env SELECTIVE_KSM_VM=1 --" ./engine ./engine/kernel/mainline ./engine/audit ./engine/estimate
+	go test -count=1 -run Measure -exec "$(call vm,stock) -env SELECTIVE_KSM_VM=1 --" ./test/bench
 	go test -count=1 -timeout 30m -run 'DaemonSetMainline|NodeFeatureRule' \
 		-exec "$(call vm,stock) -env SELECTIVE_KSM_VM=1 --" ./test/e2e
 	$(call attack,stock)
@@ -132,12 +133,24 @@ bench-kernel: packages kernel option-off-kernel build/bin/actor build/bin/bench-
 	done; done
 	build/bin/bench-kernel -json $(BENCH)/kernel.json compare $(BENCH)/*-[12].json
 
-# What the plugin costs on a node with 1,000 containers; fails above its limits.
+# What merging and the plugin take, save and cost, in half an hour; QUICK=1 measures less, in
+# minutes, and ONLY=PART,... a part. A table, results.json and charts come to build/bench.
+# It fails where a figure is above its limit.
+QUICK :=
+ONLY :=
 .PHONY: bench
-bench: packages kernel build/bin/selective-ksm build/bin/workload build/bin/bench build/bin/vm
-	go test -run '^$$' -bench . ./engine
-	go test -run '^$$' -bench . -benchtime 100x ./plugin ./test/hooks
-	@$(VM) -- build/bin/bench
+bench: packages kernel stock-kernel tools programs build/bin/selective-ksm build/bin/workload build/bin/actor build/bin/bench build/bin/vm
+	@build/bin/bench -vm build/bin/vm -out $(BENCH) -quick=$(if $(QUICK),true,false) -only '$(ONLY)'
+
+# Programs that people run many of, and what they need that this machine has not. They are
+# unpacked in the VM alone: installed, some would start.
+PROGRAMS := nginx redis-server python3
+.PHONY: programs
+programs:
+	@mkdir -p build/debs/partial
+	@apt-get install -y --no-install-recommends --download-only -o Dir::Cache::archives=$(CURDIR)/build/debs $(PROGRAMS) >build/programs.log 2>&1 || \
+		{ apt-get update && apt-get install -y --no-install-recommends --download-only -o Dir::Cache::archives=$(CURDIR)/build/debs $(PROGRAMS); } >build/programs.log 2>&1 || \
+		{ tail -n 20 build/programs.log; echo "not downloaded, are you root?"; exit 1; }
 
 .PHONY: kernel
 kernel:

@@ -11,7 +11,6 @@ import (
 	"html/template"
 	"io"
 	"slices"
-	"strconv"
 	"strings"
 	"time"
 
@@ -25,7 +24,7 @@ type Data struct {
 	Statuses []Status
 	// Estimate is that of selective-ksm estimate.
 	Estimate *estimate.Report
-	// Bench are measurements: numbers by what they are of.
+	// Bench are measurements, in the order of their table.
 	Bench []Measured
 }
 
@@ -54,8 +53,8 @@ type Partition struct {
 	Spent time.Duration
 }
 
-// Measured is a number of a benchmark.
-type Measured struct{ What, Value string }
+// Measured is a number of a benchmark: the median, and in the note how it lies and compares.
+type Measured struct{ What, Value, Note string }
 
 // ErrForm says that a file is of another form than the one that it was given for.
 var ErrForm = errors.New("it is of another form")
@@ -93,42 +92,44 @@ func ReadEstimate(data []byte) (*estimate.Report, error) {
 	return &r, nil
 }
 
-// ReadBench reads the numbers of a JSON file, whatever it is of. Errors match [ErrForm].
+// ReadBench reads the results.json of make bench. Errors match [ErrForm].
 func ReadBench(data []byte) ([]Measured, error) {
-	var all any
-	decoder := json.NewDecoder(strings.NewReader(string(data)))
-	decoder.UseNumber()
-	if err := decoder.Decode(&all); err != nil {
-		return nil, fmt.Errorf("%w: give it JSON: %w", ErrForm, err)
+	type spread struct {
+		N              int
+		Median, Q1, Q3 float64
 	}
-	var found []Measured
-	var walk func(path []string, v any)
-	walk = func(path []string, v any) {
-		switch v := v.(type) {
-		case map[string]any:
-			keys := make([]string, 0, len(v))
-			for k := range v {
-				keys = append(keys, k)
+	var report struct {
+		Results []struct {
+			Title, Case, Variant, Unit string
+			spread
+			Over  int
+			Ratio *struct {
+				Of string
+				spread
 			}
-			slices.Sort(keys)
-			for _, k := range keys {
-				walk(append(slices.Clone(path), strings.ReplaceAll(k, "_", " ")), v[k])
-			}
-		case []any:
-			for i, item := range v {
-				walk(append(slices.Clone(path), strconv.Itoa(i+1)), item)
-			}
-		case json.Number:
-			text := v.String()
-			if f, err := v.Float64(); err == nil && strings.ContainsAny(text, ".eE") {
-				text = strconv.FormatFloat(f, 'g', 4, 64)
-			}
-			found = append(found, Measured{strings.Join(path, ", "), text})
 		}
 	}
-	walk(nil, all)
-	if len(found) == 0 {
-		return nil, fmt.Errorf("%w: there is no number in it", ErrForm)
+	err := json.Unmarshal(data, &report)
+	if err == nil && len(report.Results) == 0 {
+		err = errors.New("no results")
+	}
+	if err != nil {
+		return nil, fmt.Errorf("%w: give it the results.json of make bench: %w", ErrForm, err)
+	}
+	var found []Measured
+	for _, r := range report.Results {
+		m := Measured{
+			What:  r.Title + ": " + r.Case + ": " + r.Variant,
+			Value: strings.TrimSpace(fmt.Sprintf("%.3g %s", r.Median, r.Unit)),
+			Note:  fmt.Sprintf("%.3g to %.3g, n = %d", r.Q1, r.Q3, r.N),
+		}
+		if r.Over > 0 {
+			m.Value = "over " + m.Value
+		}
+		if r.Ratio != nil {
+			m.Note += fmt.Sprintf("; %.3g of %s", r.Ratio.Median, r.Ratio.Of)
+		}
+		found = append(found, m)
 	}
 	return found, nil
 }

@@ -3,6 +3,7 @@ package page
 import (
 	"encoding/json"
 	"errors"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -62,17 +63,21 @@ func TestReadStatus(t *testing.T) {
 }
 
 func TestReadBench(t *testing.T) {
-	got, err := ReadBench([]byte(`{"merge": {"wall_s": [1.23456, 2]}, "name": "x", "n": 12345678901234567}`))
+	got, err := ReadBench([]byte(`{"date": "2026-01-02T03:04:05Z", "results": [
+		{"figure": "f", "title": "Time", "case": "2 processes", "variant": "a", "unit": "s", "n": 5, "median": 1.23456, "q1": 1, "q3": 2,
+		 "ratio": {"of": "b", "n": 5, "median": 0.25, "q1": 0.2, "q3": 0.3}},
+		{"title": "Time", "case": "2 processes", "variant": "b", "n": 1, "median": 90, "q1": 90, "q3": 90, "over": 1}]}`))
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := []Measured{{"merge, wall s, 1", "1.235"}, {"merge, wall s, 2", "2"}, {"n", "12345678901234567"}}
-	for i := range want {
-		if len(got) != len(want) || got[i] != want[i] {
-			t.Fatalf("got %v, want %v", got, want)
-		}
+	want := []Measured{
+		{"Time: 2 processes: a", "1.23 s", "1 to 2, n = 5; 0.25 of b"},
+		{"Time: 2 processes: b", "over 90", "90 to 90, n = 1"},
 	}
-	for _, bad := range []string{"", "{}", `"text"`} {
+	if !slices.Equal(got, want) {
+		t.Fatalf("got %v, want %v", got, want)
+	}
+	for _, bad := range []string{"", "{}", `"text"`, `{"results": []}`} {
 		if _, err := ReadBench([]byte(bad)); !errors.Is(err, ErrForm) {
 			t.Errorf("%q: %v", bad, err)
 		}
@@ -104,10 +109,10 @@ func TestWrite(t *testing.T) {
 		{Policy: "namespace", Unknown: "nobody told"},
 		{Policy: "node", Partitions: 1, Saved: 80 << 20},
 	}}
-	d.Bench = []Measured{{"a & b", "7"}}
+	d.Bench = []Measured{{"a & b", "7", "n = 3"}}
 	text := written(t, d)
 	for _, want := range []string{"60 MiB", "shop/pod-1/web, &lt;script&gt;", `points="0.0,150.0 600.0,0.0"`, "nobody told", "50 MiB less than the whole node",
-		"One in 16", "a &amp; b", `<rect class="bar" width="37.50"`, `width="12.50"`} {
+		"One in 16", "a &amp; b", "n = 3", `<rect class="bar" width="37.50"`, `width="12.50"`} {
 		if !strings.Contains(text, want) {
 			t.Errorf("%q is not in the page:\n%s", want, text)
 		}

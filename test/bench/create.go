@@ -1,0 +1,144 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/containerd/nri/pkg/api"
+	"github.com/containerd/nri/pkg/stub"
+	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/selective-ksm/selective-ksm/test/bench/result"
+	"github.com/selective-ksm/selective-ksm/test/e2e/node"
+	"github.com/selective-ksm/selective-ksm/test/e2e/plugin"
+)
+
+// perTurn is how many containers are started with one plugin before it is the other's turn,
+// besides the first: a program's first steps are slow where they are emulated. between is
+// the pause after each, in which a merge of it can end.
+const (
+	perTurn = 4
+	between = time.Second
+)
+
+// runtime measures what a container's creation and start take of containerd's time, with
+// our plugin and with one that hears of the same and does nothing, in turn.
+func (g *guest) runtime(ctx context.Context) (err error) {
+	const timeout = 8 * time.Minute
+	ctx, cancel := context.WithTimeout(ctx, timeout)
+	defer cancel()
+	n, err := node.Start(ctx, node.Built(filepath.Dir(g.bin)))
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, n.Stop(context.WithoutCancel(ctx))) }()
+	config := n.Path("plugin.yaml")
+	if err := os.WriteFile(config, []byte("logFormat: json\n"), 0o644); err != nil {
+		return err
+	}
+	for left := g.starts; left > 0; left -= perTurn {
+		count := min(left, perTurn)
+		if err := withIdlePlugin(ctx, n.NRISocket(), func() error { return g.createWith(ctx, n, idlePlugin, count) }); err != nil {
+			return err
+		}
+		p, err := plugin.Start(ctx, filepath.Join(g.bin, product), config, n.NRISocket())
+		if err != nil {
+			return err
+		}
+		if err := errors.Join(g.createWith(ctx, n, product, count), p.Stop()); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// createWith creates and starts containers in a pod, and tells what each took, but for the
+// first.
+func (g *guest) createWith(ctx context.Context, n *node.Node, variant string, count int) (err error) {
+	pod, err := n.RunPod(ctx, "bench")
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, pod.Remove(ctx)) }()
+	for i := range count + 1 {
+		began := time.Now()
+		created, err := n.CRI().CreateContainer(ctx, &cri.CreateContainerRequest{
+			PodSandboxId: pod.ID, SandboxConfig: pod.Config(),
+			Config: &cri.ContainerConfig{
+				Metadata: &cri.ContainerMetadata{Name: fmt.Sprint("bench-", i)},
+				Image:    &cri.ImageSpec{Image: node.Image},
+				LogPath:  fmt.Sprintf("%s-%d.log", pod.Config().Metadata.Uid, i),
+				Linux: &cri.LinuxContainerConfig{SecurityContext: &cri.LinuxContainerSecurityContext{
+					NamespaceOptions: pod.Config().Linux.SecurityContext.NamespaceOptions,
+				}},
+			},
+		})
+		if err != nil {
+			return err
+		}
+		half := time.Now()
+		if _, err := n.CRI().StartContainer(ctx, &cri.StartContainerRequest{ContainerId: created.ContainerId}); err != nil {
+			return err
+		}
+		end := time.Now()
+		if err := wait(ctx, between); err != nil {
+			return err
+		}
+		if i == 0 {
+			continue
+		}
+		for what, took := range map[string]time.Duration{"create": half.Sub(began), "start": end.Sub(half)} {
+			s := result.Sample{Figure: "create", Case: what, Variant: variant, Value: 1000 * took.Seconds()}
+			if err := g.sample(s); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// idle is a plugin that hears of what ours does, and does nothing.
+type idle struct{ synchronized chan struct{} }
+
+func (i idle) Synchronize(context.Context, []*api.PodSandbox, []*api.Container) ([]*api.ContainerUpdate, error) {
+	close(i.synchronized)
+	return nil, nil
+}
+
+func (idle) CreateContainer(context.Context, *api.PodSandbox, *api.Container) (*api.ContainerAdjustment, []*api.ContainerUpdate, error) {
+	return nil, nil, nil
+}
+
+func (idle) PostStartContainer(context.Context, *api.PodSandbox, *api.Container) error { return nil }
+
+func (idle) StopContainer(context.Context, *api.PodSandbox, *api.Container) ([]*api.ContainerUpdate, error) {
+	return nil, nil
+}
+
+func (idle) RemoveContainer(context.Context, *api.PodSandbox, *api.Container) error { return nil }
+func (idle) StopPodSandbox(context.Context, *api.PodSandbox) error                  { return nil }
+func (idle) RemovePodSandbox(context.Context, *api.PodSandbox) error                { return nil }
+
+// withIdlePlugin calls f while such a plugin is connected.
+func withIdlePlugin(ctx context.Context, socket string, f func() error) error {
+	i := idle{make(chan struct{})}
+	s, err := stub.New(i, stub.WithPluginName("idle"), stub.WithPluginIdx(plugin.Index), stub.WithSocketPath(socket), stub.WithLogger(silent{}))
+	if err != nil {
+		return err
+	}
+	if err := s.Start(ctx); err != nil {
+		return err
+	}
+	defer s.Wait()
+	defer s.Stop()
+	select {
+	case <-i.synchronized:
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	return f()
+}

@@ -1,0 +1,161 @@
+package main
+
+import (
+	"fmt"
+	"time"
+
+	"github.com/selective-ksm/selective-ksm/test/bench/result"
+)
+
+// What does the work.
+const (
+	onRequest = "merge on request"
+	product   = "selective-ksm"
+	nothing   = "no merging"
+
+	byDefault = "ksmd by default"
+	flatOut   = "ksmd flat out"
+	byAdvisor = "ksmd, scan-time advisor"
+)
+
+// Cases and variants that others are compared with.
+const (
+	firstMerge   = "first merge"
+	onePartition = "1 partition"
+	reading      = "estimate"
+	idlePlugin   = "a plugin that does nothing"
+	emptyHook    = "/bin/true"
+)
+
+// Limits.
+const (
+	maxAnswer    = 50   // ms
+	maxSlower    = 1.05 // of what the runtime takes
+	maxRound     = 1000 // ms
+	maxReconcile = 2    // s
+	maxResident  = 40   // MiB
+	maxIdle      = 0.5  // % of a CPU
+)
+
+// size is how much is measured.
+type size struct {
+	turns int
+	guest string // the VM's memory
+
+	merge     int // MiB
+	processes []int
+	equal     []int // % of all pages
+	rounds    int
+
+	partitions []int
+	pairs      int           // of processes in these
+	memory     []int         // MiB
+	again      int           // MiB
+	interval   time.Duration // of the engine that merges that
+	stall      time.Duration
+	start      int           // MiB, of all containers
+	window     time.Duration // from the start on
+	idleFrom   time.Duration // in it
+	pods       int           // of four containers
+	quiet      time.Duration // between rounds over them
+	programs   []program
+	replicas   int // of each program: so many pods of two, in each of two namespaces
+	starts     int // of containers with each plugin
+	counts     int // of Go's benchmarks
+}
+
+func sizes(quick bool) size {
+	if quick {
+		return size{
+			turns: 1, guest: "3G", merge: 16, processes: []int{2, 8}, equal: []int{0, 50, 100}, rounds: 1,
+			partitions: []int{1, 16}, pairs: 16, memory: []int{16, 64}, again: 16, interval: 5 * time.Second, stall: 2 * time.Second,
+			start: 32, window: 20 * time.Second, idleFrom: 15 * time.Second, pods: 25, quiet: 20 * time.Second, programs: programs, replicas: 1, starts: 4, counts: 1,
+		}
+	}
+	return size{
+		turns: 2, guest: "6500M", merge: 32, processes: []int{2, 8, 32}, equal: []int{0, 10, 50, 100}, rounds: 2,
+		partitions: []int{1, 4, 16, 64, 256}, pairs: 256, memory: []int{64, 256, 1024, 4096}, again: 64, interval: 5 * time.Second, stall: 5 * time.Second,
+		start: 128, window: 75 * time.Second, idleFrom: 65 * time.Second, pods: 250, quiet: 30 * time.Second, programs: programs, replicas: 2, starts: 24, counts: 3,
+	}
+}
+
+// Processes and shares where the other is on the axis.
+const (
+	someProcesses = 8
+	someEqual     = 50 // %
+)
+
+// figuresOf are all figures, in the order of the table.
+func figuresOf(quick bool) []result.Figure {
+	s := sizes(quick)
+	return []result.Figure{
+		{
+			Name: "equal-wall", Unit: "s/GiB", Variant: flatOut, Axis: "equal pages, %", Short: []string{"50 % equal"},
+			Title: fmt.Sprintf("1. Time to merge %d MiB of %d processes", s.merge, someProcesses),
+		},
+		{
+			Name: "equal-cpu", Unit: "s/GiB", Variant: flatOut, Axis: "equal pages, %", Short: []string{"0 % equal", "50 % equal"},
+			Title: fmt.Sprintf("1. CPU time to merge %d MiB of %d processes", s.merge, someProcesses),
+		},
+		{
+			Name: "processes-wall", Unit: "s/GiB", Variant: flatOut, Axis: "processes", Short: []string{},
+			Title: fmt.Sprintf("1. Time to merge %d MiB, %d %% equal", s.merge, someEqual),
+		},
+		{
+			Name: "processes-cpu", Unit: "s/GiB", Variant: flatOut, Axis: "processes", Short: []string{},
+			Title: fmt.Sprintf("1. CPU time to merge %d MiB, %d %% equal", s.merge, someEqual),
+		},
+		{
+			Name: "saving", Unit: "s", Variant: byDefault,
+			Title: "2. Time from the start to 90 % of the reachable saving",
+		},
+		{
+			Name: "saving-cpu", Unit: "s", Variant: byDefault,
+			Title: fmt.Sprintf("2. CPU time in the first %.0f s", s.window.Seconds()),
+		},
+		{
+			Name: "idle-cpu", Unit: "% of a CPU", Variant: byDefault,
+			Title: fmt.Sprintf("2. CPU from %.0f s to %.0f s, where nothing changes", s.idleFrom.Seconds(), s.window.Seconds()),
+		},
+		{
+			Name: "partitions", Unit: "s", Case: onePartition, Axis: "partitions", Log: true, Short: []string{onePartition, fmt.Sprint(s.partitions[len(s.partitions)-1], " partitions")},
+			Title: fmt.Sprintf("3. CPU time to merge %d MiB of %d processes", s.merge, 2*s.pairs),
+		},
+		{
+			Name: "memory", Unit: "s", Case: fmt.Sprint(s.memory[0], " MiB"), Axis: "MiB", Log: true, Short: []string{fmt.Sprint(s.memory[0], " MiB"), fmt.Sprint(s.memory[len(s.memory)-1], " MiB")},
+			Title: "3. CPU time to merge memory of 4 processes, 50 % equal",
+		},
+		{Name: "growth", Title: "3. Exponent with which that CPU time grows"},
+		{
+			Name: "again-wall", Unit: "s", Case: firstMerge, Short: []string{},
+			Title: fmt.Sprintf("4. Time to merge %d MiB of 4 processes again", s.again),
+		},
+		{
+			Name: "again-cpu", Unit: "s", Case: firstMerge,
+			Title: fmt.Sprintf("4. CPU time to merge %d MiB of 4 processes again", s.again),
+		},
+		{
+			Name: "stall", Unit: "µs", Variant: nothing, Short: []string{"page fault, p99", "mmap, p99", "write, p99"},
+			Title: "5. Latency in a process while it is merged without a pause",
+		},
+		{
+			Name: "create", Unit: "ms", Variant: idlePlugin, Limit: maxSlower, OfRatio: true,
+			Title: "6. What containerd takes to create and start a container",
+		},
+		{Name: "answer", Unit: "ms", Limit: maxAnswer, Title: "6. The plugin's slowest answer to the runtime"},
+		{Name: "hook", Unit: "ms", Case: emptyHook, Title: "6. What a hook takes"},
+		{Name: "reconcile", Unit: "s", Limit: maxReconcile, Title: fmt.Sprintf("6. Start beside %d containers, until they have partitions", s.pods*containers)},
+		{Name: "resident", Unit: "MiB", Limit: maxResident, Title: fmt.Sprintf("6. Resident memory with %d containers", s.pods*containers)},
+		{Name: "idle", Unit: "% of a CPU", Limit: maxIdle, Title: fmt.Sprintf("6. CPU with %d containers between two rounds", s.pods*containers)},
+		{Name: "pass", Unit: "s", Case: firstMerge, Title: fmt.Sprintf("6. CPU time of a round over %d containers, in the VM", s.pods*containers)},
+		{Name: "round", Unit: "ms", Limit: maxRound, Title: "6. A round that changes nothing, on the machine itself"},
+		{
+			Name: "estimate", Unit: "s/GiB", Variant: reading,
+			Title: fmt.Sprintf("7. CPU time next to an estimate, %d MiB of %d processes", s.merge, someProcesses),
+		},
+		{Name: "read", Unit: "s/GiB", Title: "7. CPU time of an estimate, on the machine itself"},
+		{
+			Name: "programs", Unit: "MiB", Title: fmt.Sprintf("8. Saved of %d containers of a program: 2 in a pod, %d in a namespace", 4*s.replicas, 2*s.replicas),
+		},
+	}
+}

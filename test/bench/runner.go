@@ -1,0 +1,307 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/selective-ksm/selective-ksm/test/bench/chart"
+	"github.com/selective-ksm/selective-ksm/test/bench/result"
+)
+
+// The kernels that are booted: with the series, and without it.
+const (
+	selective = "selective-ksm"
+	stock     = "stock"
+)
+
+// bootTimeout is for all that is measured in one boot.
+const bootTimeout = 20 * time.Minute
+
+// A boot is one of a VM, and what is measured in it.
+type boot struct {
+	kernel string
+	parts  []string
+}
+
+// turn are the boots that come again and again, for what the kernels are compared in.
+var turn = []boot{
+	{selective, []string{"merge", "partitions", "memory", "again", "estimate", "stall", "start"}},
+	{stock, []string{"merge", "again", "estimate", "stall", "start"}},
+}
+
+// once are boots for what is compared within one, or what does not depend on time.
+var once = []boot{
+	{selective, []string{"programs"}},
+	{stock, []string{"programs"}},
+	{selective, []string{"runtime"}},
+	{selective, []string{"node"}},
+}
+
+// native is the part that runs on the machine itself.
+const native = "native"
+
+// runner runs all benchmarks.
+type runner struct {
+	quick         bool
+	vm, out, only string
+
+	began   time.Time
+	samples []result.Sample
+}
+
+func (r *runner) run(ctx context.Context) error {
+	r.began = time.Now()
+	if err := os.MkdirAll(r.out, 0o755); err != nil {
+		return err
+	}
+	// What fails must not take with it what was measured before.
+	var errs []error
+	for i := range sizes(r.quick).turns {
+		for _, b := range turn {
+			errs = append(errs, r.boot(ctx, i, b))
+		}
+	}
+	for _, b := range once {
+		errs = append(errs, r.boot(ctx, 0, b))
+	}
+	if r.wants(native) {
+		errs = append(errs, r.native(ctx))
+	}
+	errs = append(errs, r.tell(ctx))
+	return errors.Join(errs...)
+}
+
+// wants reports whether a part is to be measured.
+func (r *runner) wants(part string) bool {
+	return r.only == "" || slices.Contains(strings.Split(r.only, ","), part)
+}
+
+func (r *runner) boot(ctx context.Context, turn int, b boot) error {
+	parts := slices.DeleteFunc(slices.Clone(b.parts), func(p string) bool { return !r.wants(p) })
+	if len(parts) == 0 || ctx.Err() != nil {
+		return ctx.Err()
+	}
+	fmt.Fprintf(os.Stderr, "%4.0f s  %s: %s\n", time.Since(r.began).Seconds(), b.kernel, strings.Join(parts, ", "))
+	self, err := os.Executable()
+	if err != nil {
+		return err
+	}
+	args := append(strings.Fields(r.vm),
+		"-kernel", filepath.Join("build/kernel", b.kernel, "bzImage"),
+		"-memory", sizes(r.quick).guest, "-timeout", bootTimeout.String(), "--",
+		self, "measure", fmt.Sprintf("-quick=%t", r.quick))
+	args = append(args, parts...)
+	cmd := exec.CommandContext(ctx, args[0], args[1:]...)
+	cmd.Cancel = func() error { return cmd.Process.Signal(unix.SIGTERM) }
+	cmd.WaitDelay = 30 * time.Second
+	var out bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, os.Stderr
+	err = cmd.Run()
+	lines := json.NewDecoder(&out)
+	for lines.More() {
+		var s result.Sample
+		if decodeErr := lines.Decode(&s); decodeErr != nil {
+			err = errors.Join(err, decodeErr)
+			break
+		}
+		s.Turn = turn
+		r.samples = append(r.samples, s)
+	}
+	if err != nil {
+		return fmt.Errorf("%s, %s: %w", b.kernel, strings.Join(parts, ", "), err)
+	}
+	return nil
+}
+
+// goBenchmarks are those of Go's own kind, on this machine: what each of their numbers is.
+var goBenchmarks = []struct {
+	pkg, bench, time string
+	values           map[string]result.Sample // by name and unit
+}{
+	{"./engine", "Round", "1s", map[string]result.Sample{
+		"Round ns/op": {Figure: "round", Case: "1,000 containers", Variant: product, Value: 1e-6},
+	}},
+	{"./plugin", "Answers", "100x", map[string]result.Sample{
+		"Answers ms/slowest": {Figure: "answer", Case: "20 pods at once", Variant: product, Value: 1},
+	}},
+	{"./engine/estimate", "Read", "1s", map[string]result.Sample{
+		"Read cpu-s/GiB": {Figure: "read", Case: "4 processes of 128 MiB", Variant: product, Value: 1},
+	}},
+	{"./test/hooks", "Hook", "20x", map[string]result.Sample{
+		"Hook/daemon true-ms":          {Figure: "hook", Case: "/bin/true", Variant: product, Value: 1},
+		"Hook/daemon createRuntime-ms": {Figure: "hook", Case: "createRuntime", Variant: product, Value: 1},
+		"Hook/daemon poststart-ms":     {Figure: "hook", Case: "poststart", Variant: product, Value: 1},
+		"Hook/daemon poststop-ms":      {Figure: "hook", Case: "poststop", Variant: product, Value: 1},
+	}},
+}
+
+// native runs Go's benchmarks, each several times.
+func (r *runner) native(ctx context.Context) error {
+	var errs []error
+	for _, b := range goBenchmarks {
+		fmt.Fprintf(os.Stderr, "%4.0f s  go test -bench %s %s\n", time.Since(r.began).Seconds(), b.bench, b.pkg)
+		cmd := exec.CommandContext(ctx, "go", "test", "-run", "^$", "-bench", "^Benchmark"+b.bench+"$",
+			"-benchtime", b.time, "-count", strconv.Itoa(sizes(r.quick).counts), b.pkg)
+		out, err := cmd.CombinedOutput()
+		if err != nil {
+			errs = append(errs, fmt.Errorf("%s: %w\n%s", b.pkg, err, out))
+		}
+		samples, err := parse(string(out), b.values)
+		r.samples = append(r.samples, samples...)
+		errs = append(errs, err)
+	}
+	return errors.Join(errs...)
+}
+
+// parse reads what go test prints of benchmarks. The values are those that one unit is
+// worth.
+func parse(out string, of map[string]result.Sample) ([]result.Sample, error) {
+	var samples []result.Sample
+	release, err := kernelRelease()
+	if err != nil {
+		return nil, err
+	}
+	turns := map[string]int{}
+	for line := range strings.Lines(out) {
+		f := strings.Fields(line)
+		if len(f) < 4 || !strings.HasPrefix(f[0], "Benchmark") {
+			continue
+		}
+		name := strings.TrimPrefix(f[0], "Benchmark")
+		if i := strings.LastIndex(name, "-"); i > 0 {
+			name = name[:i] // the number of CPUs
+		}
+		for i := 2; i+1 < len(f); i += 2 {
+			s, known := of[name+" "+f[i+1]]
+			if !known {
+				continue
+			}
+			v, err := strconv.ParseFloat(f[i], 64)
+			if err != nil {
+				return samples, fmt.Errorf("%q: %w", line, err)
+			}
+			s.Value *= v
+			s.Kernel, s.Turn = release, turns[name]
+			samples = append(samples, s)
+		}
+		turns[name]++
+	}
+	return samples, nil
+}
+
+// tell writes the results, and returns an error for what is above its limit.
+func (r *runner) tell(ctx context.Context) error {
+	figures := figuresOf(r.quick)
+	results, err := result.Summarize(figures, r.samples)
+	if err != nil {
+		return err
+	}
+	if len(results) == 0 {
+		return errors.New("nothing was measured")
+	}
+	report := result.Report{
+		Date: r.began.UTC().Truncate(time.Second), Took: time.Since(r.began).Round(time.Second).Seconds(),
+		Command: "make bench", Quick: r.quick, Commit: commit(ctx), Results: results,
+	}
+	if r.quick {
+		report.Command += " QUICK=1"
+	}
+	if r.only != "" {
+		report.Command += " ONLY=" + r.only
+	}
+	if report.Machine, err = machine(); err != nil {
+		return err
+	}
+	if err := report.Write(filepath.Join(r.out, "results.json")); err != nil {
+		return err
+	}
+	var table bytes.Buffer
+	if err := report.Table(&table, figures, false); err != nil {
+		return err
+	}
+	if err := os.WriteFile(filepath.Join(r.out, "results.txt"), table.Bytes(), 0o644); err != nil {
+		return err
+	}
+	for _, f := range figures {
+		if !slices.ContainsFunc(results, func(r result.Result) bool { return r.Figure == f.Name }) {
+			continue
+		}
+		if err := draw(filepath.Join(r.out, f.Name+".svg"), f, results); err != nil {
+			return err
+		}
+	}
+	if _, err := os.Stdout.Write(table.Bytes()); err != nil {
+		return err
+	}
+	if above := result.Above(figures, results); len(above) > 0 {
+		return fmt.Errorf("above the limit:\n%s", strings.Join(above, "\n"))
+	}
+	return nil
+}
+
+func draw(path string, f result.Figure, results []result.Result) error {
+	file, err := os.Create(path)
+	if err != nil {
+		return err
+	}
+	return errors.Join(chart.Write(file, f, results), file.Close())
+}
+
+// commit is what is checked out, if git knows.
+func commit(ctx context.Context) string {
+	out, err := exec.CommandContext(ctx, "git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*").Output()
+	if err != nil {
+		return ""
+	}
+	return strings.TrimSpace(string(out))
+}
+
+func machine() (m result.Machine, err error) {
+	m.CPUs = runtime.NumCPU()
+	if m.CPU, err = cpuModel(); err != nil {
+		return m, err
+	}
+	if m.Kernel, err = kernelRelease(); err != nil {
+		return m, err
+	}
+	var info unix.Sysinfo_t
+	err = unix.Sysinfo(&info)
+	m.MiB = int(info.Totalram * uint64(info.Unit) >> 20)
+	return m, err
+}
+
+func kernelRelease() (string, error) {
+	var u unix.Utsname
+	err := unix.Uname(&u)
+	return unix.ByteSliceToString(u.Release[:]), err
+}
+
+// cpuModel is what the kernel calls the CPU.
+func cpuModel() (string, error) {
+	file, err := os.Open("/proc/cpuinfo")
+	if err != nil {
+		return "", err
+	}
+	defer file.Close()
+	lines := bufio.NewScanner(file)
+	for lines.Scan() {
+		if key, value, ok := strings.Cut(lines.Text(), ":"); ok && strings.TrimSpace(key) == "model name" {
+			return strings.TrimSpace(value), nil
+		}
+	}
+	return "", lines.Err()
+}

@@ -1,0 +1,204 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/selective-ksm/selective-ksm/test/bench/result"
+	"github.com/selective-ksm/selective-ksm/test/e2e/partition"
+	"github.com/selective-ksm/selective-ksm/test/kernel/actor"
+)
+
+// What is started: pods of two containers, which have the same memory, and no other pod has.
+const podsStarted = 4
+
+// reachable is the part of all savings that counts as merged.
+const reachable = 0.9
+
+// started measures how long it takes from the start of containers until most of what can
+// be saved is, what that and the time after it cost. Containers have their memory when they
+// start. The plugin is as it is without a configuration.
+func (g *guest) started(ctx context.Context) error {
+	for i := range g.rounds {
+		watch := i == 0 // the first is followed for longer
+		if g.selective {
+			if err := g.startedBeside(ctx, watch); err != nil {
+				return err
+			}
+			continue
+		}
+		d, err := findKsmd()
+		if err != nil {
+			return err
+		}
+		for _, m := range modes {
+			if m.slow && !watch {
+				continue
+			}
+			if err := g.startedWith(ctx, d, m, watch); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// twins starts processes of which each two have the same memory.
+func (g *guest) twins(ctx context.Context, pairs, pages int) (*crowd, error) {
+	c, err := g.crowd(ctx, 2*pairs, pages, 0)
+	if err != nil {
+		return nil, err
+	}
+	const away = 10_000 // from the seeds of a crowd
+	for i, a := range c.actors {
+		if _, err := a.Ask("write 0 %d %d", pages, away+i/2); err != nil {
+			return nil, errors.Join(err, c.kill())
+		}
+	}
+	return c, nil
+}
+
+// startedBeside has the plugin merge.
+func (g *guest) startedBeside(ctx context.Context, watch bool) (err error) {
+	dir, err := os.MkdirTemp("", "bench")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(dir)
+	f, err := newFleet()
+	defer func() { err = errors.Join(err, f.stop()) }()
+	if err != nil {
+		return err
+	}
+	r, err := f.serve(dir)
+	if err != nil {
+		return err
+	}
+	defer r.Stop()
+	p, err := startAgent(filepath.Join(g.bin, product), dir, "logFormat: json\n")
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, p.stop()) }()
+	if _, err := r.connected(ctx, p); err != nil {
+		return err
+	}
+	c, err := g.twins(ctx, podsStarted, pagesIn(g.size.start)/(2*podsStarted))
+	if err != nil {
+		return err
+	}
+	// The cgroups can be removed when the processes have ended.
+	defer func() { err = errors.Join(err, c.kill()) }()
+	if err := f.house(c.actors, podsStarted); err != nil {
+		return err
+	}
+	return g.follow(ctx, following{
+		variant: product, watch: watch, want: podsStarted * c.pages, cpu: p.cpu, counter: allSharing,
+		begin: func() error {
+			for i, ctr := range f.containers {
+				if err := r.starts(ctx, f.pods[i*len(f.pods)/len(f.containers)], ctr); err != nil {
+					return err
+				}
+			}
+			return nil
+		},
+	})
+}
+
+// house puts processes in containers of so many pods, in equal parts.
+func (f *fleet) house(actors []*actor.Actor, pods int) error {
+	for i, a := range actors {
+		if i%(len(actors)/pods) == 0 {
+			if _, err := f.pod(fmt.Sprint("pod-", len(f.pods)), "bench"); err != nil {
+				return err
+			}
+		}
+		ctr, err := f.container(f.pods[len(f.pods)-1], fmt.Sprint("container-", i))
+		if err == nil {
+			err = f.enter(ctr, a.Pid)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// allSharing is what all partitions save, in pages.
+func allSharing() (sum int, err error) {
+	names, err := partition.List()
+	if err != nil {
+		return 0, err
+	}
+	for _, name := range names {
+		n, err := partition.Counter(name, "pages_sharing")
+		if errors.Is(err, os.ErrNotExist) {
+			continue // it is being made
+		}
+		if err != nil {
+			return 0, err
+		}
+		sum += n
+	}
+	return sum, nil
+}
+
+// startedWith has ksmd merge.
+func (g *guest) startedWith(ctx context.Context, d *ksmd, m mode, watch bool) (err error) {
+	c, err := g.twins(ctx, podsStarted, pagesIn(g.size.start)/(2*podsStarted))
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, d.unmerge(), c.kill()) }()
+	return g.follow(ctx, following{
+		variant: m.name, watch: watch, want: podsStarted * c.pages, counter: sharing,
+		cpu:   func() time.Duration { return clock(d.clock) },
+		begin: func() error { return d.start(m) },
+	})
+}
+
+// following is a merge that is followed.
+type following struct {
+	variant string
+	watch   bool // for the whole window
+	want    int  // pages that can be saved
+	cpu     func() time.Duration
+	counter func() (int, error) // pages that are saved
+	begin   func() error
+}
+
+func (g *guest) follow(ctx context.Context, f following) error {
+	s := result.Sample{Case: fmt.Sprintf("%d MiB in %d containers of %d pods", g.size.start, 2*podsStarted, podsStarted), Variant: f.variant}
+	cpu, began := f.cpu(), time.Now()
+	if err := f.begin(); err != nil {
+		return err
+	}
+	reached, err := reach(ctx, f.counter, int(reachable*float64(f.want)), patience)
+	if err != nil {
+		return err
+	}
+	saving := s
+	saving.Figure, saving.Value, saving.Over = "saving", time.Since(began).Seconds(), !reached
+	if err := g.sample(saving); err != nil || !f.watch {
+		return err
+	}
+	if err := wait(ctx, g.idleFrom-time.Since(began)); err != nil {
+		return err
+	}
+	idle, late := f.cpu(), time.Since(began) > g.idleFrom+time.Second
+	if err := wait(ctx, g.window-time.Since(began)); err != nil {
+		return err
+	}
+	end := f.cpu()
+	whole, rest := s, s
+	whole.Figure, whole.Value = "saving-cpu", (end - cpu).Seconds()
+	rest.Figure, rest.Value = "idle-cpu", 100*(end-idle).Seconds()/(g.window-g.idleFrom).Seconds()
+	if err := g.sample(whole); err != nil || late {
+		return err // it has not been idle
+	}
+	return g.sample(rest)
+}
