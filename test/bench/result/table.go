@@ -22,7 +22,7 @@ func (r Report) Table(w io.Writer, figures []Figure, short bool) error {
 	fmt.Fprintf(&b, "%d CPUs %s, Linux %s\n", r.Machine.CPUs, r.Machine.CPU, r.Machine.Kernel)
 	for _, f := range figures {
 		rows := slices.DeleteFunc(slices.Clone(r.Results), func(row Result) bool {
-			return row.Figure != f.Name || short && f.Short != nil && !slices.Contains(f.Short, row.Case)
+			return row.Figure != f.Name || short && f.Short != nil && !slices.Contains(f.Short, row.Case) && !slices.Contains(f.Short, row.Variant)
 		})
 		if len(rows) == 0 {
 			continue
