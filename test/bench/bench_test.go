@@ -11,6 +11,7 @@ import (
 	"strings"
 	"testing"
 	"time"
+	"unicode/utf8"
 
 	"github.com/selective-ksm/selective-ksm/test/bench/result"
 )
@@ -163,6 +164,32 @@ PASS
 	for i, w := range want {
 		if s := samples[i]; s.Figure != w.figure || math.Abs(s.Value-w.value) > 1e-9 || s.Turn != w.turn || s.Kernel == "" {
 			t.Errorf("got %+v, want %+v", s, w)
+		}
+	}
+}
+
+// The README's tables are those of the runs in testdata.
+func TestReadme(t *testing.T) {
+	readme, err := os.ReadFile("../../README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, file := range []string{"results.json", "quick.json"} {
+		report, err := result.Read(filepath.Join("testdata", file))
+		if err != nil {
+			t.Fatal(err)
+		}
+		var table strings.Builder
+		if err := report.Table(&table, figuresOf(report.Quick), true); err != nil {
+			t.Fatal(err)
+		}
+		for line := range strings.Lines(table.String()) {
+			if n := utf8.RuneCountInString(strings.TrimSuffix(line, "\n")); n > result.Width {
+				t.Errorf("%d columns: %q", n, line)
+			}
+		}
+		if !strings.Contains(string(readme), "```\n"+table.String()+"```\n") {
+			t.Errorf("the README has not the table of %s:\n%s", file, table.String())
 		}
 	}
 }

@@ -23,7 +23,7 @@ const (
 	firstMerge   = "first merge"
 	onePartition = "1 partition"
 	reading      = "estimate"
-	idlePlugin   = "a plugin that does nothing"
+	idlePlugin   = "an idle plugin"
 	emptyHook    = "/bin/true"
 )
 

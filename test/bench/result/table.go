@@ -18,7 +18,11 @@ const nameWidth = 30
 // for it.
 func (r Report) Table(w io.Writer, figures []Figure, short bool) error {
 	var b strings.Builder
-	fmt.Fprintf(&b, "%s, %s, %s\n", r.Date.UTC().Format("2 January 2006"), r.Command, r.Commit)
+	b.WriteString(r.Date.UTC().Format("2 January 2006") + ", " + r.Command)
+	if r.Commit != "" {
+		b.WriteString(", " + r.Commit)
+	}
+	b.WriteString("\n")
 	fmt.Fprintf(&b, "%d CPUs %s, Linux %s\n", r.Machine.CPUs, r.Machine.CPU, r.Machine.Kernel)
 	var guests []string
 	for _, row := range r.Results {
