@@ -133,7 +133,7 @@ bench-kernel: packages kernel option-off-kernel build/bin/actor build/bin/bench-
 	done; done
 	build/bin/bench-kernel -json $(BENCH)/kernel.json compare $(BENCH)/*-[12].json
 
-# What merging and the plugin take, save and cost, in half an hour; QUICK=1 measures less, in
+# What merging and the plugin take, save and cost, in 40 minutes; QUICK=1 measures less, in
 # minutes, and ONLY=PART,... a part. A table, results.json and charts come to build/bench.
 # It fails where a figure is above its limit.
 QUICK :=

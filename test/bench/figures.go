@@ -23,7 +23,7 @@ const (
 	firstMerge   = "first merge"
 	onePartition = "1 partition"
 	reading      = "estimate"
-	idlePlugin   = "a plugin that does nothing"
+	idlePlugin   = "an idle plugin"
 	emptyHook    = "/bin/true"
 )
 
@@ -94,7 +94,7 @@ func figuresOf(quick bool) []result.Figure {
 			Title: fmt.Sprintf("1. Time to merge %d MiB of %d processes", s.merge, someProcesses),
 		},
 		{
-			Name: "equal-cpu", Unit: "s/GiB", Variant: flatOut, Axis: "equal pages, %", Short: []string{"0 % equal", "50 % equal"},
+			Name: "equal-cpu", Unit: "s/GiB", Variant: flatOut, Axis: "equal pages, %", Short: []string{"50 % equal"},
 			Title: fmt.Sprintf("1. CPU time to merge %d MiB of %d processes", s.merge, someProcesses),
 		},
 		{
@@ -131,11 +131,11 @@ func figuresOf(quick bool) []result.Figure {
 			Title: fmt.Sprintf("4. Time to merge %d MiB of 4 processes again", s.again),
 		},
 		{
-			Name: "again-cpu", Unit: "s", Case: firstMerge,
+			Name: "again-cpu", Unit: "s", Case: firstMerge, Short: []string{firstMerge, "unchanged", "1 % changed"},
 			Title: fmt.Sprintf("4. CPU time to merge %d MiB of 4 processes again", s.again),
 		},
 		{
-			Name: "stall", Unit: "µs", Variant: nothing, Short: []string{"page fault, p99", "mmap, p99", "write, p99"},
+			Name: "stall", Unit: "µs", Variant: nothing, Log: true, Short: []string{"mmap, p99", "write, p99"},
 			Title: "5. Latency in a process while it is merged without a pause",
 		},
 		{
@@ -150,12 +150,13 @@ func figuresOf(quick bool) []result.Figure {
 		{Name: "pass", Unit: "s", Case: firstMerge, Title: fmt.Sprintf("6. CPU time of a round over %d containers, in the VM", s.pods*containers)},
 		{Name: "round", Unit: "ms", Limit: maxRound, Title: "6. A round that changes nothing, on the machine itself"},
 		{
-			Name: "estimate", Unit: "s/GiB", Variant: reading,
+			Name: "estimate", Unit: "s/GiB", Variant: reading, Short: []string{"50 % equal"},
 			Title: fmt.Sprintf("7. CPU time next to an estimate, %d MiB of %d processes", s.merge, someProcesses),
 		},
 		{Name: "read", Unit: "s/GiB", Title: "7. CPU time of an estimate, on the machine itself"},
 		{
-			Name: "programs", Unit: "MiB", Title: fmt.Sprintf("8. Saved of %d containers of a program: 2 in a pod, %d in a namespace", 4*s.replicas, 2*s.replicas),
+			Name: "programs", Unit: "MiB", Short: []string{"anonymous memory", "by container", "by pod", "by namespace", "the whole node, by ksmd"},
+			Title: fmt.Sprintf("8. Saved of %d containers of a program: 2 in a pod, %d in a namespace", 4*s.replicas, 2*s.replicas),
 		},
 	}
 }

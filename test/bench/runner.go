@@ -60,11 +60,12 @@ type runner struct {
 	vm, out, only string
 
 	began   time.Time
+	commit  string
 	samples []result.Sample
 }
 
 func (r *runner) run(ctx context.Context) error {
-	r.began = time.Now()
+	r.began, r.commit = time.Now(), commit(ctx)
 	if err := os.MkdirAll(r.out, 0o755); err != nil {
 		return err
 	}
@@ -81,7 +82,7 @@ func (r *runner) run(ctx context.Context) error {
 	if r.wants(native) {
 		errs = append(errs, r.native(ctx))
 	}
-	errs = append(errs, r.tell(ctx))
+	errs = append(errs, r.tell())
 	return errors.Join(errs...)
 }
 
@@ -204,7 +205,7 @@ func parse(out string, of map[string]result.Sample) ([]result.Sample, error) {
 }
 
 // tell writes the results, and returns an error for what is above its limit.
-func (r *runner) tell(ctx context.Context) error {
+func (r *runner) tell() error {
 	figures := figuresOf(r.quick)
 	results, err := result.Summarize(figures, r.samples)
 	if err != nil {
@@ -215,7 +216,7 @@ func (r *runner) tell(ctx context.Context) error {
 	}
 	report := result.Report{
 		Date: r.began.UTC().Truncate(time.Second), Took: time.Since(r.began).Round(time.Second).Seconds(),
-		Command: "make bench", Quick: r.quick, Commit: commit(ctx), Results: results,
+		Command: "make bench", Quick: r.quick, Commit: r.commit, Results: results,
 	}
 	if r.quick {
 		report.Command += " QUICK=1"

@@ -23,7 +23,7 @@ const (
 )
 
 // colours are of the Okabe and Ito palette, which the colour-blind can tell apart.
-var colours = []string{"#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000"}
+var colours = []string{"#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#999999"}
 
 // Write draws one figure, of which there must be results.
 func Write(w io.Writer, f result.Figure, results []result.Result) error {
@@ -117,7 +117,12 @@ func (s scale) ticks() []float64 {
 	return all
 }
 
-func label(v float64) string { return fmt.Sprintf("%.4g", v) }
+func label(v float64) string {
+	if v >= 1000 {
+		return fmt.Sprintf("%.0f", v)
+	}
+	return fmt.Sprintf("%.3g", v)
+}
 
 // scales hold all values of the figure.
 func (d *drawing) scales() (x, y scale) {
@@ -184,11 +189,17 @@ func (d *drawing) bars() {
 	d.height = top + len(d.rows)*(bar+gap) + 20
 	d.title()
 	x := scale{from: labels, to: width - 80}
+	least := math.Inf(1)
 	for _, r := range d.rows {
 		x.high = max(x.high, r.Q3)
+		if r.Q1 > 0 {
+			least = min(least, r.Q1)
+		}
 	}
 	if x.high == 0 {
 		x.high = 1
+	} else if d.f.Log {
+		x.low, x.log = math.Pow(10, math.Ceil(math.Log10(least))-1), true
 	}
 	names, of := d.names()
 	for i, r := range d.rows {

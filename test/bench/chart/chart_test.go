@@ -54,7 +54,7 @@ func TestLines(t *testing.T) {
 // Values that are all zero, or all the same, can be drawn.
 func TestFlat(t *testing.T) {
 	for _, v := range []float64{0, 7} {
-		for _, f := range []result.Figure{{Name: "f", Axis: "x"}, {Name: "f", Axis: "x", Log: true}, {Name: "f"}} {
+		for _, f := range []result.Figure{{Name: "f", Axis: "x"}, {Name: "f", Axis: "x", Log: true}, {Name: "f"}, {Name: "f", Log: true}} {
 			draw(t, f, []result.Result{at("a", "1", 1, v)})
 		}
 	}

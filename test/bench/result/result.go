@@ -39,12 +39,12 @@ type Figure struct {
 	Case, Variant string
 	// Axis is what X is. A figure without it has bars.
 	Axis string
-	// Log is that both axes are logarithmic.
+	// Log is that axes are logarithmic, and bars.
 	Log bool
 	// Limit is what no median may be above, or no ratio if OfRatio; zero is no limit.
 	Limit   float64
 	OfRatio bool
-	// Short are the cases that a short table has, and all of them if it is nil.
+	// Short are the cases, or variants, that a short table has, and all of them if it is nil.
 	Short []string
 }
 

@@ -24,21 +24,21 @@ func samples() []Sample {
 	for turn, slow := range []float64{1, 2} {
 		for _, kase := range cases {
 			for _, noise := range []float64{0, 0.1} {
-				all = append(all, Sample{Figure: "wall", Case: kase, Variant: "ours", Value: slow * (1 + noise), Turn: turn, Kernel: "a"})
+				all = append(all, Sample{Figure: "wall", Case: kase, Variant: "ours", Value: slow * (1 + noise), Turn: turn, Kernel: "a", CPU: "emulated"})
 			}
 		}
 		for _, kase := range cases {
-			all = append(all, Sample{Figure: "wall", Case: kase, Variant: "other", Value: slow * 4, Turn: turn, Kernel: "b", Over: turn == 1})
+			all = append(all, Sample{Figure: "wall", Case: kase, Variant: "other", Value: slow * 4, Turn: turn, Kernel: "b", CPU: "emulated", Over: turn == 1})
 		}
 		for _, kernel := range []string{"a", "b"} {
 			for kase, v := range map[string]float64{"first": 10, "second": 1} {
 				if kernel == "b" {
 					v *= v
 				}
-				all = append(all, Sample{Figure: "again", Case: kase, Variant: "ours", Value: slow * v, Turn: turn, Kernel: kernel})
+				all = append(all, Sample{Figure: "again", Case: kase, Variant: "ours", Value: slow * v, Turn: turn, Kernel: kernel, CPU: "emulated"})
 			}
 		}
-		all = append(all, Sample{Figure: "growth", Case: "with memory", Variant: "ours", Value: 1, Turn: turn, Kernel: "a"})
+		all = append(all, Sample{Figure: "growth", Case: "with memory", Variant: "ours", Value: 1, Turn: turn, Kernel: "a", CPU: "emulated"})
 	}
 	return all
 }
@@ -149,7 +149,7 @@ func TestReport(t *testing.T) {
 			t.Errorf("%d columns: %q", n, line)
 		}
 	}
-	for _, want := range []string{"9 September 2001, make bench, aaaaaaaaaaaa\n", "\nTime to merge, s/GiB\n", "of other\n", "8 processes\n", "0.263 (0.25-0.275)", ">6 (5-7)"} {
+	for _, want := range []string{"9 September 2001, make bench, aaaaaaaaaaaa\n", "a VM of it: emulated, Linux a\na VM of it: emulated, Linux b\n\nTime to merge, s/GiB\n", "of other\n", "8 processes\n", "0.263 (0.25-0.275)", ">6 (5-7)"} {
 		if !strings.Contains(whole.String(), want) {
 			t.Errorf("%q is not in\n%s", want, whole.String())
 		}

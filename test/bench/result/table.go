@@ -18,11 +18,23 @@ const nameWidth = 30
 // for it.
 func (r Report) Table(w io.Writer, figures []Figure, short bool) error {
 	var b strings.Builder
-	fmt.Fprintf(&b, "%s, %s, %s\n", r.Date.UTC().Format("2 January 2006"), r.Command, r.Commit)
+	b.WriteString(r.Date.UTC().Format("2 January 2006") + ", " + r.Command)
+	if r.Commit != "" {
+		b.WriteString(", " + r.Commit)
+	}
+	b.WriteString("\n")
 	fmt.Fprintf(&b, "%d CPUs %s, Linux %s\n", r.Machine.CPUs, r.Machine.CPU, r.Machine.Kernel)
+	var guests []string
+	for _, row := range r.Results {
+		guest := fmt.Sprintf("a VM of it: %s, Linux %s\n", row.CPU, row.Kernel)
+		if row.Kernel != r.Machine.Kernel && !slices.Contains(guests, guest) {
+			guests = append(guests, guest)
+		}
+	}
+	b.WriteString(strings.Join(guests, ""))
 	for _, f := range figures {
 		rows := slices.DeleteFunc(slices.Clone(r.Results), func(row Result) bool {
-			return row.Figure != f.Name || short && f.Short != nil && !slices.Contains(f.Short, row.Case)
+			return row.Figure != f.Name || short && f.Short != nil && !slices.Contains(f.Short, row.Case) && !slices.Contains(f.Short, row.Variant)
 		})
 		if len(rows) == 0 {
 			continue
