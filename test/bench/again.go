@@ -4,8 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
-	"path/filepath"
 	"time"
 
 	"github.com/selective-ksm/selective-ksm/test/bench/result"
@@ -127,73 +125,52 @@ func (d *ksmd) scan(ctx context.Context) (t times, err error) {
 
 // repeatedBeside has the plugin merge containers by an interval. That is long enough to
 // change them in.
-func (g *guest) repeatedBeside(ctx context.Context, incremental string) (err error) {
+func (g *guest) repeatedBeside(ctx context.Context, incremental string) error {
 	ctx, cancel := context.WithTimeout(ctx, 2*patience)
 	defer cancel()
-	dir, err := os.MkdirTemp("", "bench")
-	if err != nil {
-		return err
-	}
-	defer os.RemoveAll(dir)
-	f, err := newFleet()
-	defer func() { err = errors.Join(err, f.stop()) }()
-	if err != nil {
-		return err
-	}
-	r, err := f.serve(dir)
-	if err != nil {
-		return err
-	}
-	defer r.Stop()
 	config := logged + unbounded + fmt.Sprintf("startDelays: [1s]\ninterval: %[1]s\nmaxInterval: %[1]s\nincremental: %s\n", g.interval, incremental)
-	p, err := startAgent(filepath.Join(g.bin, product), dir, config)
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, p.stop()) }()
-	if _, err := r.connected(ctx, p); err != nil {
-		return err
-	}
-	c, err := g.crowdAgain(ctx)
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, c.kill()) }()
-	if err := f.house(c.actors, 1); err != nil {
-		return err
-	}
-	for _, ctr := range f.containers {
-		if err := r.starts(ctx, f.pods[0], ctr); err != nil {
+	return g.beside(ctx, config, nil, func(f *fleet, r *nri, p *agent, _ time.Duration) (err error) {
+		c, err := g.crowdAgain(ctx)
+		if err != nil {
 			return err
 		}
-	}
-	merge := func(name string, merges int) error {
-		if n := p.merged(); n != merges*len(c.actors) {
-			return fmt.Errorf("%s: %d merges of containers, not %d", name, n, merges*len(c.actors))
-		}
-		cpu := p.cpu()
-		if err := p.waitMerged(ctx, (merges+1)*len(c.actors)); err != nil {
+		defer func() { err = errors.Join(err, c.kill()) }()
+		if err := f.house(c.actors, 1); err != nil {
 			return err
 		}
-		saved, err := allSharing()
-		if err == nil && saved < c.saving() {
-			err = fmt.Errorf("%s: %d pages are saved, not %d", name, saved, c.saving())
-		}
-		s := result.Sample{Figure: "again-cpu", Case: name, Variant: "incremental: " + incremental, Value: (p.cpu() - cpu).Seconds()}
-		return errors.Join(err, g.sample(s))
-	}
-	if err := merge(firstMerge, 0); err != nil {
-		return err
-	}
-	for i, change := range changes {
-		if change.percent > 0 {
-			if err := c.change(change.percent); err != nil {
+		for _, ctr := range f.containers {
+			if err := r.starts(ctx, f.pods[0], ctr); err != nil {
 				return err
 			}
 		}
-		if err := merge(change.name, i+1); err != nil {
+		merge := func(name string, merges int) error {
+			if n := p.merged(); n != merges*len(c.actors) {
+				return fmt.Errorf("%s: %d merges of containers, not %d", name, n, merges*len(c.actors))
+			}
+			cpu := p.cpu()
+			if err := p.waitMerged(ctx, (merges+1)*len(c.actors)); err != nil {
+				return err
+			}
+			saved, err := allSharing()
+			if err == nil && saved < c.saving() {
+				err = fmt.Errorf("%s: %d pages are saved, not %d", name, saved, c.saving())
+			}
+			s := result.Sample{Figure: "again-cpu", Case: name, Variant: "incremental: " + incremental, Value: (p.cpu() - cpu).Seconds()}
+			return errors.Join(err, g.sample(s))
+		}
+		if err := merge(firstMerge, 0); err != nil {
 			return err
 		}
-	}
-	return nil
+		for i, change := range changes {
+			if change.percent > 0 {
+				if err := c.change(change.percent); err != nil {
+					return err
+				}
+			}
+			if err := merge(change.name, i+1); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
 }

@@ -80,7 +80,7 @@ var tiny = size{
 // All that is measured in the VM can be, by the kernel that runs, and is of a figure.
 func TestMeasure(t *testing.T) {
 	if os.Getenv("SELECTIVE_KSM_VM") == "" {
-		t.Skip("not in the VM")
+		t.Skip("not in the VM: it is the machine's one engine, and sets its ksmd; make test-vm and test-kernel run it there")
 	}
 	runtime.LockOSThread()
 	var out bytes.Buffer

@@ -35,6 +35,48 @@ func newFleet() (*fleet, error) {
 	return f, f.cgroup(below)
 }
 
+// withFleet has a runtime's half of NRI, below a directory for the time of it, and containers:
+// those that fill adds, unless it is nil, before a plugin can connect.
+func withFleet(fill func(dir string, f *fleet) error, do func(dir string, f *fleet, r *nri) error) (err error) {
+	dir, err := os.MkdirTemp("", "bench")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(dir)
+	f, err := newFleet()
+	defer func() { err = errors.Join(err, f.stop()) }()
+	if err == nil && fill != nil {
+		err = fill(dir, f)
+	}
+	if err != nil {
+		return err
+	}
+	r, err := f.serve(dir)
+	if err != nil {
+		return err
+	}
+	defer r.Stop()
+	return do(dir, f, r)
+}
+
+// beside does so with the plugin, by a configuration, that has taken over what fill has
+// added. It tells how long that took.
+func (g *guest) beside(ctx context.Context, config string, fill func(dir string, f *fleet) error,
+	do func(f *fleet, r *nri, p *agent, took time.Duration) error) error {
+	return withFleet(fill, func(dir string, f *fleet, r *nri) (err error) {
+		p, err := startAgent(filepath.Join(g.bin, product), dir, config)
+		if err != nil {
+			return err
+		}
+		defer func() { err = errors.Join(err, p.stop()) }()
+		took, err := r.connected(ctx, p)
+		if err != nil {
+			return err
+		}
+		return do(f, r, p, took)
+	})
+}
+
 func id(kind, name string) string {
 	sum := sha256.Sum256([]byte(kind + name))
 	return hex.EncodeToString(sum[:])

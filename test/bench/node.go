@@ -4,9 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"os/exec"
-	"path/filepath"
 	"time"
 
 	"github.com/selective-ksm/selective-ksm/test/bench/result"
@@ -22,83 +20,65 @@ const (
 )
 
 // node measures the plugin beside many containers, each with one small process.
-func (g *guest) node(ctx context.Context) (err error) {
+func (g *guest) node(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, nodeTimeout)
 	defer cancel()
-	dir, err := os.MkdirTemp("", "bench")
-	if err != nil {
-		return err
+	fill := func(_ string, f *fleet) error {
+		for i := range g.pods {
+			if err := f.sleepers(fmt.Sprint("pod-", i)); err != nil {
+				return err
+			}
+		}
+		return nil
 	}
-	defer os.RemoveAll(dir)
-	f, err := newFleet()
-	defer func() { err = errors.Join(err, f.stop()) }()
-	for i := 0; i < g.pods && err == nil; i++ {
-		err = f.sleepers(fmt.Sprint("pod-", i))
-	}
-	if err != nil {
-		return err
-	}
-	r, err := f.serve(dir)
-	if err != nil {
-		return err
-	}
-	defer r.Stop()
 	// The interval is longer than the time in which there is to be no merge.
 	config := logged + unbounded + fmt.Sprintf("startDelays: [0s]\ninterval: %[1]s\nmaxInterval: %[1]s\n", 2*(calm+g.quiet))
-	p, err := startAgent(filepath.Join(g.bin, product), dir, config)
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, p.stop()) }()
+	return g.beside(ctx, config, fill, func(_ *fleet, _ *nri, p *agent, took time.Duration) error {
+		began := time.Now()
+		there := func() (int, error) {
+			names, err := partition.List()
+			return len(names), err
+		}
+		if all, err := reach(ctx, there, g.pods, nodeTimeout); err != nil || !all {
+			return errors.Join(fmt.Errorf("there are not %d partitions", g.pods), err)
+		}
+		took += time.Since(began)
 
-	took, err := r.connected(ctx, p)
-	if err != nil {
-		return err
-	}
-	began := time.Now()
-	there := func() (int, error) {
-		names, err := partition.List()
-		return len(names), err
-	}
-	if all, err := reach(ctx, there, g.pods, nodeTimeout); err != nil || !all {
-		return errors.Join(fmt.Errorf("there are not %d partitions", g.pods), err)
-	}
-	took += time.Since(began)
-
-	all := g.pods * containers
-	if err := p.waitMerged(ctx, all); err != nil {
-		return err
-	}
-	// Between the first merge and the next, by the interval, nothing is to be done.
-	first := p.cpu()
-	if err := wait(ctx, calm); err != nil {
-		return err
-	}
-	idle := p.cpu()
-	if err := wait(ctx, g.quiet); err != nil {
-		return err
-	}
-	idle = p.cpu() - idle
-	if merged := p.merged(); merged != all {
-		return fmt.Errorf("%d merges while nothing was to be done", merged-all)
-	}
-	resident, err := p.resident()
-	if err != nil {
-		return err
-	}
-	before := p.cpu()
-	if err := p.waitMerged(ctx, 2*all); err != nil {
-		return err
-	}
-	round := p.cpu() - before
-	what := fmt.Sprintf("%d in %d pods", all, g.pods)
-	return errors.Join(
-		g.sample(result.Sample{Figure: "reconcile", Case: what, Variant: product, Value: took.Seconds()}),
-		g.sample(result.Sample{Figure: "resident", Case: what, Variant: product, Value: float64(resident) / (1 << 20)}),
-		g.sample(result.Sample{Figure: "idle", Case: what, Variant: product, Value: 100 * idle.Seconds() / g.quiet.Seconds()}),
-		g.sample(result.Sample{Figure: "pass", Case: firstMerge, Variant: product, Value: first.Seconds()}),
-		g.sample(result.Sample{Figure: "pass", Case: "no change", Variant: product, Value: round.Seconds()}),
-	)
+		all := g.pods * containers
+		if err := p.waitMerged(ctx, all); err != nil {
+			return err
+		}
+		// Between the first merge and the next, by the interval, nothing is to be done.
+		first := p.cpu()
+		if err := wait(ctx, calm); err != nil {
+			return err
+		}
+		idle := p.cpu()
+		if err := wait(ctx, g.quiet); err != nil {
+			return err
+		}
+		idle = p.cpu() - idle
+		if merged := p.merged(); merged != all {
+			return fmt.Errorf("%d merges while nothing was to be done", merged-all)
+		}
+		resident, err := p.resident()
+		if err != nil {
+			return err
+		}
+		before := p.cpu()
+		if err := p.waitMerged(ctx, 2*all); err != nil {
+			return err
+		}
+		round := p.cpu() - before
+		what := fmt.Sprintf("%d in %d pods", all, g.pods)
+		return errors.Join(
+			g.sample(result.Sample{Figure: "reconcile", Case: what, Variant: product, Value: took.Seconds()}),
+			g.sample(result.Sample{Figure: "resident", Case: what, Variant: product, Value: float64(resident) / (1 << 20)}),
+			g.sample(result.Sample{Figure: "idle", Case: what, Variant: product, Value: 100 * idle.Seconds() / g.quiet.Seconds()}),
+			g.sample(result.Sample{Figure: "pass", Case: firstMerge, Variant: product, Value: first.Seconds()}),
+			g.sample(result.Sample{Figure: "pass", Case: "no change", Variant: product, Value: round.Seconds()}),
+		)
+	})
 }
 
 // sleepers adds a pod of containers that do nothing.

@@ -157,52 +157,44 @@ func (g *guest) unpack(ctx context.Context) error {
 	return nil
 }
 
-func (g *guest) savedOf(ctx context.Context, p program) (err error) {
-	dir, err := os.MkdirTemp("", "bench")
-	if err != nil {
-		return err
-	}
-	defer os.RemoveAll(dir)
-	f, err := newFleet()
-	defer func() { err = errors.Join(err, f.stop()) }()
-	for _, namespace := range []string{"shop", "bank"} {
-		for pod := 0; pod < g.replicas && err == nil; pod++ {
-			err = g.runPod(ctx, f, p, dir, namespace, fmt.Sprint(p.name, "-", pod))
+func (g *guest) savedOf(ctx context.Context, p program) error {
+	fill := func(dir string, f *fleet) error {
+		for _, namespace := range []string{"shop", "bank"} {
+			for pod := range g.replicas {
+				if err := g.runPod(ctx, f, p, dir, namespace, fmt.Sprint(p.name, "-", pod)); err != nil {
+					return err
+				}
+			}
 		}
-	}
-	if err != nil {
-		return err
+		return nil
 	}
 	tell := func(variant string, bytes uint64) error {
 		return g.sample(result.Sample{Figure: "programs", Case: p.name, Variant: variant, Value: float64(bytes) / (1 << 20)})
 	}
-	if !g.selective {
-		saved, err := savedByKsmd(ctx)
-		return errors.Join(err, tell("the whole node, by ksmd", saved))
-	}
-	r, err := f.serve(dir)
-	if err != nil {
-		return err
-	}
-	defer r.Stop()
-	all, err := f.anonymous()
-	if err := errors.Join(err, tell("anonymous memory", all)); err != nil {
-		return err
-	}
-	estimated, err := g.foretold(ctx, r, dir)
-	if err != nil {
-		return err
-	}
-	for _, policy := range []string{"container", "pod", "namespace"} {
-		saved, err := g.savedBy(ctx, f, r, dir, policy)
-		if err != nil {
-			return fmt.Errorf("partitionBy: %s: %w", policy, err)
+	return withFleet(fill, func(dir string, f *fleet, r *nri) error {
+		if !g.selective {
+			saved, err := savedByKsmd(ctx)
+			return errors.Join(err, tell("the whole node, by ksmd", saved))
 		}
-		if err := errors.Join(tell("by "+policy, saved), tell("by "+policy+", estimated", estimated[policy])); err != nil {
+		all, err := f.anonymous()
+		if err := errors.Join(err, tell("anonymous memory", all)); err != nil {
 			return err
 		}
-	}
-	return tell("the whole node, estimated", estimated["node"])
+		estimated, err := g.foretold(ctx, r, dir)
+		if err != nil {
+			return err
+		}
+		for _, policy := range []string{"container", "pod", "namespace"} {
+			saved, err := g.savedBy(ctx, f, r, dir, policy)
+			if err != nil {
+				return fmt.Errorf("partitionBy: %s: %w", policy, err)
+			}
+			if err := errors.Join(tell("by "+policy, saved), tell("by "+policy+", estimated", estimated[policy])); err != nil {
+				return err
+			}
+		}
+		return tell("the whole node, estimated", estimated["node"])
+	})
 }
 
 // runPod starts a pod of two containers of a program.

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
 	"time"
 
 	"github.com/selective-ksm/selective-ksm/test/bench/result"
@@ -63,49 +62,28 @@ func (g *guest) twins(ctx context.Context, pairs, pages int) (*crowd, error) {
 }
 
 // startedBeside has the plugin merge.
-func (g *guest) startedBeside(ctx context.Context, watch bool) (err error) {
-	dir, err := os.MkdirTemp("", "bench")
-	if err != nil {
-		return err
-	}
-	defer os.RemoveAll(dir)
-	f, err := newFleet()
-	defer func() { err = errors.Join(err, f.stop()) }()
-	if err != nil {
-		return err
-	}
-	r, err := f.serve(dir)
-	if err != nil {
-		return err
-	}
-	defer r.Stop()
-	p, err := startAgent(filepath.Join(g.bin, product), dir, "logFormat: json\n")
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, p.stop()) }()
-	if _, err := r.connected(ctx, p); err != nil {
-		return err
-	}
-	c, err := g.twins(ctx, podsStarted, pagesIn(g.size.start)/(2*podsStarted))
-	if err != nil {
-		return err
-	}
-	// The cgroups can be removed when the processes have ended.
-	defer func() { err = errors.Join(err, c.kill()) }()
-	if err := f.house(c.actors, podsStarted); err != nil {
-		return err
-	}
-	return g.follow(ctx, following{
-		variant: product, watch: watch, want: podsStarted * c.pages, cpu: p.cpu, counter: allSharing,
-		begin: func() error {
-			for i, ctr := range f.containers {
-				if err := r.starts(ctx, f.pods[i*len(f.pods)/len(f.containers)], ctr); err != nil {
-					return err
+func (g *guest) startedBeside(ctx context.Context, watch bool) error {
+	return g.beside(ctx, "logFormat: json\n", nil, func(f *fleet, r *nri, p *agent, _ time.Duration) (err error) {
+		c, err := g.twins(ctx, podsStarted, pagesIn(g.size.start)/(2*podsStarted))
+		if err != nil {
+			return err
+		}
+		// The cgroups can be removed when the processes have ended.
+		defer func() { err = errors.Join(err, c.kill()) }()
+		if err := f.house(c.actors, podsStarted); err != nil {
+			return err
+		}
+		return g.follow(ctx, following{
+			variant: product, watch: watch, want: podsStarted * c.pages, cpu: p.cpu, counter: allSharing,
+			begin: func() error {
+				for i, ctr := range f.containers {
+					if err := r.starts(ctx, f.pods[i*len(f.pods)/len(f.containers)], ctr); err != nil {
+						return err
+					}
 				}
-			}
-			return nil
-		},
+				return nil
+			},
+		})
 	})
 }
 

@@ -158,23 +158,31 @@ func TestOptOutOfBound(t *testing.T) {
 	}
 }
 
-// One that has opted out may still get merged pages: what it shares over fork is
-// merged where it is. They are not forgotten when it is removed.
-func TestRemoveForkedThatOptedOut(t *testing.T) {
+// forkedThatOptedOut returns two processes of a partition with the same memory, and a
+// child of the first that has opted out. It may still get merged pages: what it shares
+// over fork is merged where it is.
+func forkedThatOptedOut(t *testing.T, partition string) (p, q, child *process) {
+	t.Helper()
 	wantFeature(t, addProcess)
 	const n = 256
-	a, b := partition(t, "a"), partition(t, "b")
-	p, q := holding(t, n, 1), holding(t, n, 1)
-	if err := p.add(a); err != nil {
+	p, q = holding(t, n, 1), holding(t, n, 1)
+	if err := p.add(partition); err != nil {
 		t.Fatal(err)
 	}
-	child := p.fork()
+	child = p.fork()
 	child.optIn(false)
-	q.mergeAll(a)
-	p.mergeAll(a)
+	q.mergeAll(partition)
+	p.mergeAll(partition)
 	if mappings, _ := ksmPages(t, child); mappings < n {
 		t.Errorf("the child shares %d pages with its parent, want %d: this shows nothing", mappings, n)
 	}
+	return p, q, child
+}
+
+// The merged pages of one that has opted out are not forgotten when it is removed.
+func TestRemoveForkedThatOptedOut(t *testing.T) {
+	a, b := partition(t, "a"), partition(t, "b")
+	p, q, child := forkedThatOptedOut(t, a)
 	wantCounters(t, a, p, q, child)
 	if err := child.remove(a); err != nil {
 		t.Fatal(err)
@@ -197,20 +205,8 @@ func TestRemoveForkedThatOptedOut(t *testing.T) {
 // mremap does not take them along: they could get behind the walk that looks for
 // all of a process that is to be removed.
 func TestMoveOfForkedThatOptedOut(t *testing.T) {
-	wantFeature(t, addProcess)
-	const n = 256
 	a := partition(t, "a")
-	p, q := holding(t, n, 1), holding(t, n, 1)
-	if err := p.add(a); err != nil {
-		t.Fatal(err)
-	}
-	child := p.fork()
-	child.optIn(false)
-	q.mergeAll(a)
-	p.mergeAll(a)
-	if mappings, _ := ksmPages(t, child); mappings < n {
-		t.Errorf("the child shares %d pages with its parent, want %d: this shows nothing", mappings, n)
-	}
+	p, q, child := forkedThatOptedOut(t, a)
 	child.move()
 	if mappings, _ := ksmPages(t, child); mappings != 0 {
 		t.Errorf("%d merged pages in memory that was moved", mappings)
