@@ -55,6 +55,9 @@ func run(ctx context.Context, args []string) error {
 		quick := flags.Bool("quick", false, "")
 		flags.Parse(args)
 		return measure(ctx, *quick, flags.Args())
+	case "idle":
+		flags.Parse(args)
+		return runIdle(ctx, flags.Arg(0))
 	case "probe":
 		mib := flags.Int("mib", 1, "")
 		flags.Parse(args)

@@ -63,9 +63,9 @@ type Process struct {
 	ended bool
 }
 
-// ready is what the plugin logs when the runtime has told it of all containers,
+// Ready is what the plugin logs when the runtime has told it of all containers,
 // and will tell it of new ones.
-const ready = "synchronized with the runtime"
+const Ready = "synchronized with the runtime"
 
 // Start starts the plugin program with a configuration file, which must ask for
 // a log in JSON, and waits until the runtime knows the plugin.
@@ -115,7 +115,7 @@ func (p *Process) Synchronized(ctx context.Context, n int) error {
 // Synchronizations is how often that was so far.
 func (p *Process) Synchronizations() int { return len(p.Lines(synchronized)) }
 
-func synchronized(l Line) bool { return strings.Contains(l.Text, ready) }
+func synchronized(l Line) bool { return strings.Contains(l.Text, Ready) }
 
 // follow reads the log until the plugin has exited.
 func (p *Process) follow(log io.Reader) {
@@ -208,6 +208,9 @@ func (p *Process) merge(since time.Time, containerIDs []string) []Line {
 	}
 	return nil
 }
+
+// PID is its process's.
+func (p *Process) PID() int { return p.cmd.Process.Pid }
 
 // Reload asks the plugin to read its configuration anew.
 func (p *Process) Reload() error {
