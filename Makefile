@@ -5,6 +5,7 @@
 # make test-hooks    OCI hooks, with podman, runc and crun
 # make test-kernel   the kernel series in all its shapes, and under stress
 # make stress        STRESS=10m of all that may go wrong, on a kernel that checks itself
+# make soak          SOAK=1h of pods that come and go while all that can be is killed
 # make attack        a timing attack on each kernel, inside of a partition and across
 # make bench         what merging and the plugin take, save and cost: a table, JSON, charts
 # make bench-kernel  how long merging takes, next to KSM without the patches' option
@@ -41,6 +42,11 @@ VM := $(call vm,selective-ksm)
 STRESS_VM := $(call vm,debug) -append 'slab_nomerge numa=fake=2' -timeout 24h -env SELECTIVE_KSM_VM=1
 stress = go test -count=1 -v -timeout 0 -exec "$(STRESS_VM) --" ./test/kernel/stress -length $(1)
 STRESS := 10m
+
+# With so little memory, it runs short. Each step has its own limit.
+soak = go test -count=1 -v -timeout 0 -run '^TestChaos$$' \
+	-exec "$(VM) -memory 1G -timeout 24h -env SELECTIVE_KSM_VM=1 --" ./test/e2e -chaos.length $(1)
+SOAK := 1h
 
 attack = go test -count=1 -v -exec "$(call vm,$(1)) -env SELECTIVE_KSM_VM=1 --" ./test/attack
 
@@ -81,8 +87,9 @@ HOSTED := TestFaults|TestDelays|TestPartitionsVanish
 .PHONY: test-vm
 test-vm: packages kernel tools programs image manifests build/bin/selective-ksm build/bin/workload build/bin/actor build/bin/demo build/bin/vm
 	SELECTIVE_KSM_KERNEL=$(CURDIR)/$(KERNEL) go test -count=1 -p 1 -timeout 30m ./test/vm/...
-	go test -count=1 -p 1 -timeout 50m -skip '$(HOSTED)' -exec "$(VM) -timeout 45m -env SELECTIVE_KSM_VM=1 --" \
+	go test -count=1 -p 1 -timeout 50m -skip '$(HOSTED)|TestChaos' -exec "$(VM) -timeout 45m -env SELECTIVE_KSM_VM=1 --" \
 		./engine/... ./test/bench ./test/kernel ./test/pages ./test/e2e/...
+	$(call soak,10m)
 	$(call attack,selective-ksm)
 	$(MAKE) demo
 
@@ -112,6 +119,10 @@ test-kernel: packages kernel-check kernels tools programs image manifests build/
 test-hooks: packages kernel tools build/bin/selective-ksm build/bin/workload build/bin/vm
 	go test -count=1 ./test/hooks
 	go test -count=1 -timeout 40m -exec "$(VM) -timeout 35m -env SELECTIVE_KSM_VM=1 --" ./test/hooks
+
+.PHONY: soak
+soak: packages kernel tools build/bin/selective-ksm build/bin/workload build/bin/vm
+	$(call soak,$(SOAK))
 
 # On both kernels; prints what came of it.
 .PHONY: attack

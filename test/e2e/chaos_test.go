@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"maps"
 	"math/rand/v2"
+	"os"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -20,25 +21,58 @@ import (
 	"github.com/selective-ksm/selective-ksm/test/e2e/node"
 	"github.com/selective-ksm/selective-ksm/test/e2e/partition"
 	"github.com/selective-ksm/selective-ksm/test/e2e/plugin"
+	"github.com/selective-ksm/selective-ksm/test/workload/control"
 )
 
-var chaosSeed = flag.Uint64("chaos.seed", 0, "seed of TestChaos, 0 for another one each time")
+var (
+	chaosSeed   = flag.Uint64("chaos.seed", 0, "seed of TestChaos, 0 for another one each time")
+	chaosLength = flag.Duration("chaos.length", 0, "how long TestChaos goes on, when everything was done once")
+)
+
+// What is killed.
+const (
+	ofPlugin     = "plugin"
+	ofContainerd = "containerd"
+	ofShim       = "shim"
+)
+
+// outage is what is killed together, and the order in which it is started again.
+type outage struct{ killed, restarted []string }
+
+var outages = []outage{
+	{[]string{ofPlugin}, []string{ofPlugin}},
+	{[]string{ofPlugin, ofShim}, []string{ofPlugin}},
+	{[]string{ofPlugin, ofContainerd}, []string{ofPlugin, ofContainerd}},
+	{[]string{ofPlugin, ofContainerd}, []string{ofContainerd, ofPlugin}},
+	{[]string{ofPlugin, ofContainerd, ofShim}, []string{ofPlugin, ofContainerd}},
+	{[]string{ofPlugin, ofContainerd, ofShim}, []string{ofContainerd, ofPlugin}},
+}
+
+// outagesBeside are those that the plugin survives.
+var outagesBeside = []outage{
+	{[]string{ofContainerd}, []string{ofContainerd}},
+	{[]string{ofShim}, nil},
+	{[]string{ofContainerd, ofShim}, []string{ofContainerd}},
+}
 
 // The plugin, containerd and a shim are killed, alone and together, and started again
-// in each order, while pods come and go, and a container ends. After each time the
-// partitions are those of the pods that run, and no container has failed but those
-// whose shim was killed.
+// in each order, while pods come and go, a container ends, containers write to their
+// memory, and the machine is short of it. After each time the partitions are those of the
+// pods that run, and no container has failed but those whose shim was killed. Nor has one
+// lost data, or had a page of another pod's. A plugin that lives through some of that has
+// not grown.
 func TestChaos(t *testing.T) {
 	needPartitions(t)
 	seed := *chaosSeed
 	if seed == 0 {
 		seed = rand.Uint64()
 	}
-	t.Logf("seed %#x, to be given with -chaos.seed", seed)
-	random := rand.New(rand.NewPCG(seed, 0))
+	t.Logf("seed %#x, to be given with -chaos.seed, for %s", seed, *chaosLength)
 
+	const shortly = "startDelays: [0s, 1s]\ninterval: 1s\nbudget: 200%\npartitionBudget: 100%\nlogFormat: json\n"
 	n := startNode(t, node.Built(build))
-	s := &siege{t: t, node: n, args: plugin.Args(configFile(t, often), n.NRISocket())}
+	s := &siege{t: t, node: n, random: rand.New(rand.NewPCG(seed, 0))}
+	s.args = append(plugin.Args(configFile(t, shortly), n.NRISocket()), "-metrics", metricsPort)
 	s.launch()
 	t.Cleanup(func() {
 		if err := s.plugin.Stop(); err != nil {
@@ -48,107 +82,172 @@ func TestChaos(t *testing.T) {
 			t.Log(s.plugin.Log())
 		}
 	})
-	if err := s.plugin.Synchronized(deadline(t), 1); err != nil {
-		t.Fatal(err)
+	s.must(s.plugin.Synchronized(deadline(t), 1))
+	s.kubelet = &kubelet{siege: s, random: rand.New(rand.NewPCG(seed, 1)), pods: map[string]tenant{}}
+	s.residents = []tenant{s.run("shop", 2), s.run("bank", 2)}
+	guard := border.Watch()
+	for _, pod := range s.residents {
+		for _, c := range pod.containers {
+			guard.Add(border.Process{Tenant: pod.Name, Name: c.Name, PID: c.PID})
+		}
 	}
-	k := &kubelet{siege: s, random: rand.New(rand.NewPCG(seed, 1)), pods: map[string]tenant{}}
-	residents := []tenant{s.run("shop", 2), s.run("bank", 2)}
+	stalled := press(t)
 
-	const ofPlugin, ofContainerd, ofShim = "plugin", "containerd", "shim"
-	rounds := []struct{ killed, restarted []string }{
-		{[]string{ofPlugin}, []string{ofPlugin}},
-		{[]string{ofContainerd}, []string{ofContainerd}},
-		{[]string{ofShim}, nil},
-		{[]string{ofPlugin, ofShim}, []string{ofPlugin}},
-		{[]string{ofContainerd, ofShim}, []string{ofContainerd}},
-		{[]string{ofPlugin, ofContainerd}, []string{ofPlugin, ofContainerd}},
-		{[]string{ofPlugin, ofContainerd}, []string{ofContainerd, ofPlugin}},
-		{[]string{ofPlugin, ofContainerd, ofShim}, []string{ofPlugin, ofContainerd}},
-		{[]string{ofPlugin, ofContainerd, ofShim}, []string{ofContainerd, ofPlugin}},
-	}
-	random.Shuffle(len(rounds), func(i, j int) { rounds[i], rounds[j] = rounds[j], rounds[i] })
-	for i, round := range rounds {
-		random.Shuffle(len(round.killed), func(i, j int) {
-			round.killed[i], round.killed[j] = round.killed[j], round.killed[i]
-		})
-		began := time.Now()
-		victim := s.run(fmt.Sprintf("victim-%d", i), 1)
-		before := s.plugin.Synchronizations()
-		stop := k.start()
-		// How long each thing takes is the machine's; this is only for it to come at
-		// different times.
-		pause := func() { time.Sleep(time.Duration(random.IntN(400)) * time.Millisecond) }
-		for _, what := range round.killed {
-			pause()
-			switch what {
-			case ofPlugin:
-				s.killPlugin()
-			case ofContainerd:
-				s.killContainerd()
-			case ofShim:
-				s.must(victim.containers[0].KillShim())
-			}
+	began := time.Now()
+	for {
+		all := slices.Concat(outages, outagesBeside)
+		s.random.Shuffle(len(all), func(i, j int) { all[i], all[j] = all[j], all[i] })
+		for _, o := range all {
+			s.suffer(o)
 		}
-		if !slices.Contains(round.killed, ofShim) {
-			// It ends while others may be away.
-			s.must(syscall.Kill(victim.containers[0].PID, syscall.SIGKILL))
-		}
-		for _, what := range round.restarted {
-			pause()
-			switch what {
-			case ofPlugin:
-				s.launch()
-				before = 0
-			case ofContainerd:
-				s.restartContainerd()
-			}
-		}
-		pause()
-		stop()
-		if len(round.restarted) > 0 {
-			s.must(s.plugin.Synchronized(deadline(t), before+1))
-		}
-		s.waitEnded(victim.containers[0])
-		s.waitNeeded()
-
-		// What is not known is what a request left that was cut off.
-		known := slices.Concat(residents, slices.Collect(maps.Values(k.pods)))
-		s.removeOthers(known)
-		var partitions []string
-		var processes []border.Process
-		for _, pod := range known {
-			partitions = append(partitions, partition.OfPod(pod.ID))
-			for _, c := range pod.containers {
-				if running, err := c.Running(deadline(t)); !running || err != nil {
-					t.Errorf("%s/%s: running: %v, %v", pod.Name, c.Name, running, err)
-				}
-				processes = append(processes, border.Process{Tenant: pod.ID, Name: pod.Name + "/" + c.Name, PID: c.PID})
-			}
-			unchanged(t, pod.containers...)
-		}
-		s.must(partition.WaitFor(deadline(t), partitions...))
-		for _, pod := range residents {
-			waitMerged(t, pod.containers[0], pod.containers[1])
-		}
-		if crossings, err := border.Crossings(processes...); err != nil || len(crossings) > 0 {
-			t.Errorf("%v crossings, %v", crossings, err)
-		}
-		t.Logf("killed %v, restarted %v, with %d pods in %s", round.killed, round.restarted, len(known), time.Since(began).Round(time.Millisecond))
-		if t.Failed() {
-			t.FailNow()
+		if time.Since(began) >= *chaosLength/2 {
+			break
 		}
 	}
-	t.Logf("meanwhile %d pods were started and %d stopped, %d requests were cut off", k.started, k.stopped, k.cutOff)
+	s.launchAnew()
+	var g growth
+	for len(g) < 2*len(outagesBeside) || time.Since(began) < *chaosLength {
+		s.suffer(outagesBeside[len(g)%len(outagesBeside)])
+		s.rest()
+		g = append(g, measure(t, s.plugin))
+	}
+	g.want(t)
+	if d := stalled(); d == 0 {
+		t.Error("nothing has waited for memory")
+	} else {
+		t.Logf("something waited for memory for %s", d.Round(time.Millisecond))
+	}
+	t.Logf("meanwhile %d pods were started and %d stopped, %d requests were cut off", s.kubelet.started, s.kubelet.stopped, s.kubelet.cutOff)
+	stopGuard(t, guard)
 	s.removeOthers(nil)
 	noPartitions(t)
 }
 
+// suffer has things killed and started again, and looks at what is left.
+func (s *siege) suffer(o outage) {
+	s.t.Helper()
+	killed := slices.Clone(o.killed)
+	s.random.Shuffle(len(killed), func(i, j int) { killed[i], killed[j] = killed[j], killed[i] })
+	began := time.Now()
+	victim := s.run(fmt.Sprintf("victim-%d", s.suffered), 1)
+	s.suffered++
+	before := s.plugin.Synchronizations()
+	stop := s.kubelet.start()
+	s.write()
+	// How long each thing takes is the machine's; this is only for it to come at
+	// different times.
+	pause := func() { time.Sleep(time.Duration(s.random.IntN(400)) * time.Millisecond) }
+	for _, what := range killed {
+		pause()
+		switch what {
+		case ofPlugin:
+			s.killPlugin()
+		case ofContainerd:
+			s.killContainerd()
+		case ofShim:
+			s.must(victim.containers[0].KillShim())
+		}
+	}
+	if !slices.Contains(killed, ofShim) {
+		// It ends while others may be away.
+		s.must(syscall.Kill(victim.containers[0].PID, syscall.SIGKILL))
+	}
+	for _, what := range o.restarted {
+		pause()
+		switch what {
+		case ofPlugin:
+			s.launch()
+			before = 0
+		case ofContainerd:
+			s.restartContainerd()
+		}
+	}
+	pause()
+	stop()
+	if len(o.restarted) > 0 {
+		s.must(s.plugin.Synchronized(deadline(s.t), before+1))
+	}
+	s.waitEnded(victim.containers[0])
+	s.waitNeeded()
+	s.settle()
+
+	// What is not known is what a request left that was cut off.
+	known := slices.Concat(s.residents, slices.Collect(maps.Values(s.kubelet.pods)))
+	s.removeOthers(known)
+	var partitions []string
+	var processes []border.Process
+	for _, pod := range known {
+		partitions = append(partitions, partition.OfPod(pod.ID))
+		for _, c := range pod.containers {
+			if running, err := c.Running(deadline(s.t)); !running || err != nil {
+				s.t.Errorf("%s/%s: running: %v, %v", pod.Name, c.Name, running, err)
+			}
+			processes = append(processes, border.Process{Tenant: pod.ID, Name: pod.Name + "/" + c.Name, PID: c.PID})
+		}
+		unchanged(s.t, pod.containers...)
+	}
+	s.must(partition.WaitFor(deadline(s.t), partitions...))
+	for _, pod := range s.residents {
+		waitMerged(s.t, pod.containers[0], pod.containers[1])
+	}
+	if crossings, err := border.Crossings(processes...); err != nil || len(crossings) > 0 {
+		s.t.Errorf("%v crossings, %v", crossings, err)
+	}
+	s.t.Logf("killed %v, restarted %v, with %d pods in %s", killed, o.restarted, len(known), time.Since(began).Round(time.Millisecond))
+	if s.t.Failed() {
+		s.t.FailNow()
+	}
+}
+
+// write has one container of each resident pod write to half of its memory, until settle.
+func (s *siege) write() {
+	s.t.Helper()
+	for _, pod := range s.residents {
+		do(s.t, control.Request{Op: control.Churn, Count: siegeMiB << 20 / os.Getpagesize() / 2, Seed: s.random.Uint64()}, pod.containers[0])
+	}
+}
+
+// settle ends that, and makes the memory what it was.
+func (s *siege) settle() {
+	s.t.Helper()
+	for _, pod := range s.residents {
+		if r := do(s.t, control.Request{Op: control.Settle}, pod.containers[0]); r[0].Rounds == 0 {
+			s.t.Errorf("%s never wrote", pod.Name)
+		}
+		do(s.t, control.Request{Op: control.Write, Count: siegeMiB << 20 / os.Getpagesize() / 2, Seed: siegeSeed}, pod.containers[0])
+	}
+}
+
+// rest leaves the residents alone, so that the plugin has what it had before.
+func (s *siege) rest() {
+	s.t.Helper()
+	clear(s.kubelet.pods)
+	s.removeOthers(s.residents)
+	var partitions []string
+	for _, pod := range s.residents {
+		partitions = append(partitions, partition.OfPod(pod.ID))
+	}
+	s.must(partition.WaitFor(deadline(s.t), partitions...))
+}
+
+// launchAnew starts the plugin once more.
+func (s *siege) launchAnew() {
+	s.t.Helper()
+	s.killPlugin()
+	s.launch()
+	s.must(s.plugin.Synchronized(deadline(s.t), 1))
+}
+
 // siege is a node whose parts are killed.
 type siege struct {
-	t      *testing.T
-	node   *node.Node
-	args   []string // of the plugin
-	plugin *plugin.Process
+	t         *testing.T
+	node      *node.Node
+	random    *rand.Rand
+	args      []string // of the plugin
+	plugin    *plugin.Process
+	kubelet   *kubelet
+	residents []tenant // stay all the time
+	suffered  int      // outages
 	// outages is odd while containerd is away.
 	outages atomic.Int64
 }
@@ -184,6 +283,12 @@ func (s *siege) restartContainerd() {
 	s.outages.Add(1)
 }
 
+// What each container holds.
+const (
+	siegeMiB  = 2
+	siegeSeed = 1
+)
+
 // run runs a pod while nothing is killed.
 func (s *siege) run(name string, containers int) tenant {
 	s.t.Helper()
@@ -201,7 +306,7 @@ func (s *siege) try(name string, containers int) (tenant, error) {
 	}
 	pod := tenant{Pod: p}
 	for i := range containers {
-		c, err := p.Start(ctx, node.ContainerConfig{Name: fmt.Sprintf("c%d", i), MiB: 2, Seed: 1})
+		c, err := p.Start(ctx, node.ContainerConfig{Name: fmt.Sprintf("c%d", i), MiB: siegeMiB, Seed: siegeSeed})
 		if err != nil {
 			return tenant{}, err
 		}

@@ -148,9 +148,8 @@ func TestOperations(t *testing.T) {
 		!strings.Contains(string(out), "no engine runs on this machine") {
 		t.Errorf("without an engine: %v, %s", err, out)
 	}
-	const metrics = ":9720"
 	args := append(confined(t), program, "plugin", "-config", configFile(t, often+"maxInterval: 1s\n"), "-socket", n.NRISocket(),
-		"-metrics", metrics, "-remove-on-exit")
+		"-metrics", metricsPort, "-remove-on-exit")
 	p, err := plugin.StartArgs(deadline(t), args[0], args[1:]...)
 	if err != nil {
 		t.Fatal(err)
@@ -202,7 +201,7 @@ func TestOperations(t *testing.T) {
 	wantWords(t, healthy, "running engine")
 	watched(t)
 
-	body := scrape(t, metrics)
+	body := scrape(t, metricsPort)
 	for metric, least := range map[string]uint64{
 		`selective_ksm_partition_saved_bytes{partition="` + inShop + `"}`:                  least * uint64(os.Getpagesize()),
 		`selective_ksm_partition_containers{partition="` + inShop + `"}`:                   2,
