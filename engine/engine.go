@@ -37,29 +37,31 @@ import (
 // Container is a container whose memory belongs to a partition.
 type Container struct {
 	// ID is the runtime's id, by which the container is known here.
-	ID string
+	ID string `json:"id"`
 	// Name, Pod and Namespace are what people call it.
-	Name, Pod, Namespace string
+	Name      string `json:"name,omitempty"`
+	Pod       string `json:"pod,omitempty"`
+	Namespace string `json:"namespace,omitempty"`
 	// SandboxID is the runtime's id of its pod sandbox.
-	SandboxID string
+	SandboxID string `json:"sandbox_id,omitempty"`
 	// CgroupsPath is its cgroup, in a form that package cgroup knows. All processes
 	// in that cgroup are the container's.
-	CgroupsPath string
+	CgroupsPath string `json:"cgroups_path,omitempty"`
 	// Partition is the name of its partition. Empty means that it is in none: the
 	// engine knows it then only not to take its processes for the machine's.
-	Partition string
+	Partition string `json:"partition,omitempty"`
 	// Interval is how often it is to be merged: its partition has the least of its
 	// members' intervals. Zero means that of [Settings].
-	Interval time.Duration
+	Interval time.Duration `json:"interval_ns,omitempty"`
 	// OnDemand has it merged by [Engine.Merge] only.
-	OnDemand bool
+	OnDemand bool `json:"on_demand,omitempty"`
 	// Secrets offers memory that its programs have marked as secret.
-	Secrets bool
+	Secrets bool `json:"secrets,omitempty"`
 	// Because says for people why it is in that partition, or in none. Cause is the kind
 	// of that reason for one in none, [CausePolicy] if it is empty. Neither decides
 	// anything.
-	Because string
-	Cause   Cause
+	Because string `json:"because,omitempty"`
+	Cause   Cause  `json:"cause,omitempty"`
 }
 
 // Path is what people call it, NAMESPACE/POD/NAME, without what is not known.
@@ -91,24 +93,25 @@ const (
 type Settings struct {
 	// StartDelays are the times after a container's start at which its partition is
 	// merged.
-	StartDelays []time.Duration
+	StartDelays []time.Duration `json:"start_delays_ns"`
 	// Interval is the time from the end of one merge of a partition to its next, and
 	// up to a tenth more, unless its containers ask for another. After a merge that
 	// saved little it is twice that of before, up to MaxInterval.
-	Interval, MaxInterval time.Duration
+	Interval    time.Duration `json:"interval_ns"`
+	MaxInterval time.Duration `json:"max_interval_ns"`
 	// Budget is what merging may cost.
-	Budget budget.Limits
+	Budget budget.Limits `json:"budget"`
 	// Pressure brings merges forward.
-	Pressure Pressure
+	Pressure Pressure `json:"pressure"`
 	// Zero offers zero pages that were never written.
-	Zero bool
+	Zero bool `json:"zero_pages"`
 	// Dirty has later merges offer what was written to since the one before, as the
 	// kernel's soft-dirty bits tell. Otherwise they pass over processes that have had
 	// no fault, and whose resident size is the same.
-	Dirty bool
+	Dirty bool `json:"soft_dirty"`
 	// OptedIn leaves out processes that have not made their memory mergeable
 	// themselves, though the kernel lets the engine do it.
-	OptedIn bool
+	OptedIn bool `json:"opted_in"`
 }
 
 // Options are what an engine is made of.

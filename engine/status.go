@@ -13,62 +13,62 @@ import (
 // Result is what the last merge of a container came to. Sizes are in bytes.
 type Result struct {
 	// Offered is how much the container offered that was not merged before.
-	Offered uint64
+	Offered uint64 `json:"offered_bytes"`
 	// Merged is how much of it is merged with another page.
-	Merged uint64
+	Merged uint64 `json:"merged_bytes"`
 	// Saved is the container's share of what its partition saves, where the kernel
 	// counts by partition.
-	Saved uint64
+	Saved uint64 `json:"saved_bytes"`
 	// Zero is how much it has of zero pages that were never written, which are not
 	// in the others.
-	Zero uint64
+	Zero uint64 `json:"zero_bytes"`
 	// Processes is how many there were.
-	Processes int
+	Processes int `json:"processes"`
 	// Took is how long it took.
-	Took time.Duration
+	Took time.Duration `json:"took_ns"`
 	// At is when it was done; zero before the first.
-	At time.Time
+	At time.Time `json:"at,omitzero"`
 }
 
 // ContainerStatus is a container as the engine has it.
 type ContainerStatus struct {
 	Container
 	// Running is that it has been started.
-	Running bool
+	Running bool `json:"running"`
 	// Reason is why it is not merged, or not all of it, and Cause is the kind of that.
 	// Both are empty if it is, or will be.
-	Reason string
-	Cause  Cause
+	Reason string `json:"reason,omitempty"`
+	Cause  Cause  `json:"reason_kind,omitempty"`
 	// Result is of the last merge.
-	Result Result
+	Result Result `json:"last_merge"`
 }
 
 // PartitionStatus is a partition as the engine has it.
 type PartitionStatus struct {
-	Name string
+	Name string `json:"name"`
 	// Reason is why the kernel has it not. It is empty if it has.
-	Reason string
+	Reason string `json:"reason,omitempty"`
 	// Hold is that somebody has had it unmerged.
-	Hold Hold
+	Hold Hold `json:"hold,omitempty"`
 	// Last is when a merge of it last came to its end; zero before the first.
-	Last time.Time
+	Last time.Time `json:"last,omitzero"`
 	// Next is when it is merged by the interval; zero if no container runs that is, while
 	// it is held, or while the kernel has it not.
-	Next time.Time
+	Next time.Time `json:"next,omitzero"`
 	// Due are other times at which it is merged, in their order.
-	Due []time.Time
+	Due []time.Time `json:"due,omitempty"`
 	// Retry is how long it is not tried again after a failure; 0 if there was none. That
 	// the kernel has no room for it is none.
-	Retry time.Duration
+	Retry time.Duration `json:"retry_ns,omitempty"`
 	// Waiting is that it waits for a turn of the budget.
-	Waiting bool
+	Waiting bool `json:"waiting,omitempty"`
 	// Work is what has been done for it.
-	Work Work
+	Work Work `json:"work"`
 	// Counters are the kernel's, where it counts by partition. They are nil where it does
 	// not, or cannot be asked; and in what [Engine.Status] returns.
-	Counters *kernel.Counters
+	Counters *kernel.Counters `json:"counters,omitempty"`
 	// Containers are its members, in the order of their ids.
-	Containers []ContainerStatus
+	Containers []ContainerStatus `json:"containers"`
 }
 
 // Status tells of all partitions, in the order of their names.
@@ -111,22 +111,23 @@ func (e *Engine) Status() []PartitionStatus {
 // Report is what an engine has, and what it has done.
 type Report struct {
 	// At is when it was made.
-	At time.Time
+	At time.Time `json:"at"`
 	// Settings are the engine's.
-	Settings Settings
+	Settings Settings `json:"settings"`
 	// OptsIn is that the engine makes the memory of containers mergeable itself.
-	OptsIn bool
+	OptsIn bool `json:"opts_in"`
 	// Partitions are all that there are, in the order of their names.
-	Partitions []PartitionStatus
+	Partitions []PartitionStatus `json:"partitions"`
 	// Outside are the containers that are in no partition, in the order of their ids, with
 	// the reason.
-	Outside []ContainerStatus
+	Outside []ContainerStatus `json:"outside"`
 	// Work is what has been done for all partitions, for those that are gone, too.
-	Work Work
+	Work Work `json:"work"`
 	// Waiting and Running are how many turns of the budget are waited for and under way.
-	Waiting, Running int
+	Waiting int `json:"turns_waiting"`
+	Running int `json:"turns_running"`
 	// Machine are the kernel's counters where it counts all partitions together.
-	Machine *kernel.Counters
+	Machine *kernel.Counters `json:"machine,omitempty"`
 }
 
 // Report tells of all that the engine has. Unlike [Engine.Status] it asks the kernel for

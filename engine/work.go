@@ -16,10 +16,10 @@ var Bounds = []time.Duration{
 // Durations counts how long things took.
 type Durations struct {
 	// Count is how many there were, and Sum how long they took together.
-	Count uint64
-	Sum   time.Duration
+	Count uint64        `json:"count"`
+	Sum   time.Duration `json:"sum_ns"`
 	// Within is how many took no longer than each of [Bounds]. It is nil before the first.
-	Within []uint64
+	Within []uint64 `json:"within,omitempty"`
 }
 
 func (d *Durations) add(took time.Duration) {
@@ -38,13 +38,13 @@ func (d *Durations) add(took time.Duration) {
 // Work is what an engine has done since it was made, for one partition or for all.
 type Work struct {
 	// CPU is the time that merging took.
-	CPU time.Duration
+	CPU time.Duration `json:"cpu_ns"`
 	// Merges are those that were not broken off, with the time that each waited for its
 	// turns.
-	Merges Durations
+	Merges Durations `json:"merges"`
 	// Errors is how often something was refused, by the name of the error's number
 	// (errno(3)), or "other".
-	Errors map[string]uint64
+	Errors map[string]uint64 `json:"errors,omitempty"`
 }
 
 func (w *Work) failed(err error) {

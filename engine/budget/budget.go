@@ -25,11 +25,12 @@ type Limits struct {
 	// each, may take in any time of length Window: 0.05 is 5 %, and 0 is no limit. A
 	// turn is begun while there is something left, so that the last one may go beyond
 	// by its own length. What it went beyond is taken from the time after it.
-	Total, Partition float64
+	Total     float64 `json:"total"`
+	Partition float64 `json:"partition"`
 	// Window is how long it takes until what was spent is there again.
-	Window time.Duration
+	Window time.Duration `json:"window_ns"`
 	// Workers is how many turns there are at a time, 1 if it is 0.
-	Workers int
+	Workers int `json:"workers"`
 }
 
 // Budget is what is left to spend. Its methods may be called concurrently.

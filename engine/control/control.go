@@ -47,7 +47,10 @@ type Engine interface {
 type Report struct {
 	// Version is the program's, Kernel is the release of the kernel that runs, Interface is
 	// how that is asked, and Detail what of it is used.
-	Version, Kernel, Interface, Detail string
+	Version   string `json:"version"`
+	Kernel    string `json:"kernel"`
+	Interface string `json:"interface"`
+	Detail    string `json:"detail,omitempty"`
 	engine.Report
 }
 

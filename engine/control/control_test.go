@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"reflect"
+	"regexp"
 	"strings"
 	"syscall"
 	"testing"
@@ -195,3 +196,32 @@ func TestNotRoot(t *testing.T) {
 // asker is an environment variable that names the directory in which the test's program
 // asks.
 const asker = "SELECTIVE_KSM_TEST_ASK"
+
+// What programs read of a report has names of one kind.
+func TestReportNames(t *testing.T) {
+	ours := reflect.TypeFor[Report]().PkgPath()
+	ours = ours[:strings.LastIndex(ours, "/")]
+	name := regexp.MustCompile(`^[a-z]+(_[a-z]+)*(,omit(empty|zero))?$`)
+	var check func(of reflect.Type)
+	check = func(of reflect.Type) {
+		switch of.Kind() {
+		case reflect.Pointer, reflect.Slice:
+			check(of.Elem())
+			return
+		case reflect.Struct:
+		default:
+			return
+		}
+		if !strings.HasPrefix(of.PkgPath(), ours) {
+			return
+		}
+		for i := range of.NumField() {
+			f := of.Field(i)
+			if tag := f.Tag.Get("json"); !f.Anonymous && !name.MatchString(tag) {
+				t.Errorf("%s.%s is %q", of, f.Name, tag)
+			}
+			check(f.Type)
+		}
+	}
+	check(reflect.TypeFor[Report]())
+}

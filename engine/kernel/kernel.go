@@ -24,14 +24,14 @@ func (r Range) Len() uint64 { return r.End - r.Start }
 // (Documentation/admin-guide/mm/ksm.rst in the kernel's source).
 type Counters struct {
 	// Shared is the number of physical pages that others are merged into.
-	Shared uint64
+	Shared uint64 `json:"shared_pages"`
 	// Sharing is the number of page table entries that share them beyond the
 	// first: the pages that are saved.
-	Sharing uint64
+	Sharing uint64 `json:"saved_pages"`
 	// Unshared is the number of pages that were offered and found no equal.
-	Unshared uint64
+	Unshared uint64 `json:"unmerged_pages"`
 	// Scanned is the number of pages looked at since the partition was added.
-	Scanned uint64
+	Scanned uint64 `json:"scanned_pages"`
 }
 
 // Features are what a caller must know of a kernel to use it well. The zero value

@@ -24,19 +24,21 @@ import (
 
 // Program is the file that a process executes.
 type Program struct {
-	Device, Inode uint64
+	Device uint64 `json:"device"`
+	Inode  uint64 `json:"inode"`
 }
 
 // Facts are what policy has to know of a container.
 type Facts struct {
 	// HostPID is that it sees the processes of the machine, Privileged that it has the
 	// devices of the machine, or may have.
-	HostPID, Privileged bool
+	HostPID    bool `json:"host_pid"`
+	Privileged bool `json:"privileged"`
 	// Labels are those of its pod that were asked for when it was created. One that the
 	// pod has not is nil.
-	Labels map[string]*string
+	Labels map[string]*string `json:"labels,omitempty"`
 	// Annotations are those of the configuration.
-	Annotations map[string]string
+	Annotations map[string]string `json:"annotations,omitempty"`
 }
 
 // Member is a container that hooks have told of.
@@ -44,19 +46,19 @@ type Member struct {
 	// Container has the partition that policy gave it when it was created.
 	engine.Container
 	// Facts are nil in a file of a version that did not write them down.
-	Facts *Facts
+	Facts *Facts `json:"facts,omitempty"`
 	// PID is that of its first process. It means nothing once that has exited.
-	PID int
+	PID int `json:"pid"`
 	// Init is what that process executed when it was created: the runtime's program,
 	// which executes the container's own when it is started.
-	Init Program
+	Init Program `json:"init"`
 	// Created is when it was written down. It tells one life of a container from the
 	// next.
-	Created time.Time
+	Created time.Time `json:"created"`
 	// Started is that the runtime has started it, or is about to.
-	Started bool
+	Started bool `json:"started"`
 	// Done is that the merges after its start are done.
-	Done bool
+	Done bool `json:"done"`
 }
 
 // Dir is a directory of members. Its methods may be called concurrently, by several
@@ -69,8 +71,8 @@ type Dir struct {
 
 // form is that of a file.
 type form struct {
-	Boot   string
-	Member Member
+	Boot   string `json:"boot"`
+	Member Member `json:"member"`
 }
 
 const (
