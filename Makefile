@@ -48,7 +48,8 @@ soak = go test -count=1 -v -timeout 0 -run '^TestChaos$$' \
 	-exec "$(VM) -memory 1G -timeout 24h -env SELECTIVE_KSM_VM=1 --" ./test/e2e -chaos.length $(1)
 SOAK := 1h
 
-attack = go test -count=1 -v -exec "$(call vm,$(1)) -env SELECTIVE_KSM_VM=1 --" ./test/attack
+attack = mkdir -p build/attack && go test -count=1 -v -exec "$(call vm,$(1)) -rw $(CURDIR)/build/attack -env SELECTIVE_KSM_VM=1 --" \
+	./test/attack -results $(CURDIR)/build/attack/$(1).json
 
 .PHONY: build
 build: build/bin/selective-ksm
@@ -124,7 +125,7 @@ test-hooks: packages kernel tools build/bin/selective-ksm build/bin/workload bui
 soak: packages kernel tools build/bin/selective-ksm build/bin/workload build/bin/vm
 	$(call soak,$(SOAK))
 
-# On both kernels; prints what came of it.
+# On both kernels; prints what came of it, and writes it to build/attack.
 .PHONY: attack
 attack: packages kernel stock-kernel build/bin/selective-ksm build/bin/vm
 	$(call attack,selective-ksm)
@@ -144,7 +145,7 @@ bench-kernel: packages kernel option-off-kernel build/bin/actor build/bin/bench-
 	done; done
 	build/bin/bench-kernel -json $(BENCH)/kernel.json compare $(BENCH)/*-[12].json
 
-# What merging and the plugin take, save and cost, in 40 minutes; QUICK=1 measures less, in
+# What merging and the plugin take, save and cost, in an hour; QUICK=1 measures less, in
 # minutes, and ONLY=PART,... a part. A table, results.json and charts come to build/bench.
 # It fails where a figure is above its limit.
 QUICK :=

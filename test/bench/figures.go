@@ -75,8 +75,16 @@ func sizes(quick bool) size {
 	return size{
 		turns: 2, guest: "6500M", merge: 32, processes: []int{2, 8, 32}, equal: []int{0, 10, 50, 100}, rounds: 2,
 		partitions: []int{1, 4, 16, 64, 256}, pairs: 256, memory: []int{64, 256, 1024, 4096}, again: 64, interval: 5 * time.Second, stall: 5 * time.Second,
-		start: 128, window: 75 * time.Second, idleFrom: 65 * time.Second, pods: 250, quiet: 30 * time.Second, programs: programs, replicas: 2, starts: 96, counts: 3,
+		start: 128, window: 10 * time.Minute, idleFrom: 9 * time.Minute, pods: 250, quiet: 30 * time.Second, programs: programs, replicas: 2, starts: 96, counts: 3,
 	}
+}
+
+// shortly writes minutes or seconds.
+func shortly(d time.Duration) string {
+	if d < time.Minute {
+		return fmt.Sprintf("%.0f s", d.Seconds())
+	}
+	return fmt.Sprintf("%.0f min", d.Minutes())
 }
 
 // Processes and shares where the other is on the axis.
@@ -115,11 +123,11 @@ func figuresOf(quick bool) []result.Figure {
 		},
 		{
 			Name: "saving-cpu", Unit: "s", Variant: byDefault,
-			Title: fmt.Sprintf("2. CPU time in the first %.0f s", s.window.Seconds()),
+			Title: fmt.Sprintf("2. CPU time in the first %s", shortly(s.window)),
 		},
 		{
 			Name: "idle-cpu", Unit: "% of a CPU", Variant: byDefault,
-			Title: fmt.Sprintf("2. CPU from %.0f s to %.0f s, where nothing changes", s.idleFrom.Seconds(), s.window.Seconds()),
+			Title: fmt.Sprintf("2. CPU in the last %s of that, when nothing changes", shortly(s.window-s.idleFrom)),
 		},
 		{
 			Name: "partitions", Unit: "s", Case: onePartition, Axis: "partitions", Log: true, Short: []string{onePartition, fmt.Sprint(s.partitions[len(s.partitions)-1], " partitions")},

@@ -39,6 +39,7 @@ var parts = map[string]func(*guest, context.Context) error{
 	"estimate":   (*guest).estimated,
 	"stall":      (*guest).stalled,
 	"start":      (*guest).started,
+	"watch":      (*guest).watched,
 	"programs":   (*guest).saved,
 	"runtime":    (*guest).runtime,
 	"node":       (*guest).node,

@@ -19,28 +19,39 @@ const podsStarted = 4
 const reachable = 0.9
 
 // started measures how long it takes from the start of containers until most of what can
-// be saved is, what that and the time after it cost. Containers have their memory when they
-// start. The plugin is as it is without a configuration.
+// be saved is. Containers have their memory when they start. The plugin is as it is without
+// a configuration.
 func (g *guest) started(ctx context.Context) error {
 	for i := range g.rounds {
-		watch := i == 0 // the first is followed for longer
-		if g.selective {
-			if err := g.startedBeside(ctx, watch); err != nil {
-				return err
-			}
-			continue
-		}
-		d, err := findKsmd()
-		if err != nil {
+		if err := g.startedWithAll(ctx, g.reaches, func(m mode) bool { return !m.slow || i == 0 }); err != nil {
 			return err
 		}
-		for _, m := range modes {
-			if m.slow && !watch {
-				continue
-			}
-			if err := g.startedWith(ctx, d, m, watch); err != nil {
-				return err
-			}
+	}
+	return nil
+}
+
+// watched measures what that, and the time after it, takes of the CPU. ksmd flat out, which
+// takes all of one, is not.
+func (g *guest) watched(ctx context.Context) error {
+	return g.startedWithAll(ctx, g.follow, func(m mode) bool { return m.slow })
+}
+
+// startedWithAll measures something by all means that the kernel has, of ksmd's those that
+// are wanted.
+func (g *guest) startedWithAll(ctx context.Context, measure func(context.Context, merging) error, want func(mode) bool) error {
+	if g.selective {
+		return g.startedBeside(ctx, measure)
+	}
+	d, err := findKsmd()
+	if err != nil {
+		return err
+	}
+	for _, m := range modes {
+		if !want(m) {
+			continue
+		}
+		if err := g.startedWith(ctx, d, m, measure); err != nil {
+			return err
 		}
 	}
 	return nil
@@ -62,7 +73,7 @@ func (g *guest) twins(ctx context.Context, pairs, pages int) (*crowd, error) {
 }
 
 // startedBeside has the plugin merge.
-func (g *guest) startedBeside(ctx context.Context, watch bool) error {
+func (g *guest) startedBeside(ctx context.Context, measure func(context.Context, merging) error) error {
 	return g.beside(ctx, "logFormat: json\n", nil, func(f *fleet, r *nri, p *agent, _ time.Duration) (err error) {
 		c, err := g.twins(ctx, podsStarted, pagesIn(g.size.start)/(2*podsStarted))
 		if err != nil {
@@ -73,8 +84,8 @@ func (g *guest) startedBeside(ctx context.Context, watch bool) error {
 		if err := f.house(c.actors, podsStarted); err != nil {
 			return err
 		}
-		return g.follow(ctx, following{
-			variant: product, watch: watch, want: podsStarted * c.pages, cpu: p.cpu, counter: allSharing,
+		return measure(ctx, merging{
+			variant: product, want: podsStarted * c.pages, cpu: p.cpu, counter: allSharing,
 			begin: func() error {
 				for i, ctr := range f.containers {
 					if err := r.starts(ctx, f.pods[i*len(f.pods)/len(f.containers)], ctr); err != nil {
@@ -126,57 +137,63 @@ func allSharing() (sum int, err error) {
 }
 
 // startedWith has ksmd merge.
-func (g *guest) startedWith(ctx context.Context, d *ksmd, m mode, watch bool) (err error) {
+func (g *guest) startedWith(ctx context.Context, d *ksmd, m mode, measure func(context.Context, merging) error) (err error) {
 	c, err := g.twins(ctx, podsStarted, pagesIn(g.size.start)/(2*podsStarted))
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, d.unmerge(), c.kill()) }()
-	return g.follow(ctx, following{
-		variant: m.name, watch: watch, want: podsStarted * c.pages, counter: sharing,
+	return measure(ctx, merging{
+		variant: m.name, want: podsStarted * c.pages, counter: sharing,
 		cpu:   func() time.Duration { return clock(d.clock) },
 		begin: func() error { return d.start(m) },
 	})
 }
 
-// following is a merge that is followed.
-type following struct {
+// merging is a merge that begins when containers do.
+type merging struct {
 	variant string
-	watch   bool // for the whole window
-	want    int  // pages that can be saved
+	want    int // pages that can be saved
 	cpu     func() time.Duration
 	counter func() (int, error) // pages that are saved
 	begin   func() error
 }
 
-func (g *guest) follow(ctx context.Context, f following) error {
-	s := result.Sample{Case: fmt.Sprintf("%d MiB in %d containers of %d pods", g.size.start, 2*podsStarted, podsStarted), Variant: f.variant}
-	cpu, began := f.cpu(), time.Now()
-	if err := f.begin(); err != nil {
+func (g *guest) sampleOf(m merging) result.Sample {
+	return result.Sample{Case: fmt.Sprintf("%d MiB in %d containers of %d pods", g.size.start, 2*podsStarted, podsStarted), Variant: m.variant}
+}
+
+// reaches tells how long it takes.
+func (g *guest) reaches(ctx context.Context, m merging) error {
+	began := time.Now()
+	if err := m.begin(); err != nil {
 		return err
 	}
-	reached, err := reach(ctx, f.counter, int(reachable*float64(f.want)), patience)
+	reached, err := reach(ctx, m.counter, int(reachable*float64(m.want)), patience)
 	if err != nil {
 		return err
 	}
-	saving := s
-	saving.Figure, saving.Value, saving.Over = "saving", time.Since(began).Seconds(), !reached
-	if err := g.sample(saving); err != nil || !f.watch {
+	s := g.sampleOf(m)
+	s.Figure, s.Value, s.Over = "saving", time.Since(began).Seconds(), !reached
+	return g.sample(s)
+}
+
+// follow tells what it takes of the CPU.
+func (g *guest) follow(ctx context.Context, m merging) error {
+	cpu, began := m.cpu(), time.Now()
+	if err := m.begin(); err != nil {
 		return err
 	}
 	if err := wait(ctx, g.idleFrom-time.Since(began)); err != nil {
 		return err
 	}
-	idle, late := f.cpu(), time.Since(began) > g.idleFrom+time.Second
+	idle := m.cpu()
 	if err := wait(ctx, g.window-time.Since(began)); err != nil {
 		return err
 	}
-	end := f.cpu()
-	whole, rest := s, s
+	end := m.cpu()
+	whole, rest := g.sampleOf(m), g.sampleOf(m)
 	whole.Figure, whole.Value = "saving-cpu", (end - cpu).Seconds()
 	rest.Figure, rest.Value = "idle-cpu", 100*(end-idle).Seconds()/(g.window-g.idleFrom).Seconds()
-	if err := g.sample(whole); err != nil || late {
-		return err // it has not been idle
-	}
-	return g.sample(rest)
+	return errors.Join(g.sample(whole), g.sample(rest))
 }
