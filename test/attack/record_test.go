@@ -1,8 +1,11 @@
 package attack_test
 
 import (
+	"encoding/json"
+	"flag"
 	"fmt"
 	"math"
+	"os"
 	"strconv"
 	"strings"
 	"testing"
@@ -13,6 +16,8 @@ import (
 	"github.com/selective-ksm/selective-ksm/test/e2e/border"
 	"github.com/selective-ksm/selective-ksm/test/pages"
 )
+
+var out = flag.String("results", "", "`file` to write what came of the attacks to, as JSON")
 
 const (
 	// works is the least AUC by which an attack has worked.
@@ -114,23 +119,80 @@ func (r *record) attack(t *testing.T, arm string, want expected, a, v *container
 	r.rows = append(r.rows, row{arm, want, shared, a.ask(opProbe, 0).Times})
 }
 
-// judge prints what came of the attacks, and fails the test unless those were found
-// that must be, and no others.
-func (r *record) judge(t *testing.T) {
-	if len(r.rows) == 0 {
-		return
-	}
+// results is what came of all attacks, as it is printed, and written to a file.
+type results struct {
+	Kernel  string `json:"kernel"`
+	Seed    uint64 `json:"seed"`
+	Guesses int    `json:"guesses"`
+	// Limit is the |z| from which on two kinds of pages are told apart.
+	Limit float64 `json:"limit"`
+	Lines []line  `json:"lines"`
+}
+
+// line is what came of one of the times of an arm.
+type line struct {
+	Arm   string `json:"arm"`
+	Timed string `json:"timed"`
+	// Guessed and Control are medians.
+	Guessed float64 `json:"guessed_ns"`
+	Control float64 `json:"control_ns"`
+	AUC     float64 `json:"auc"`
+	Z       float64 `json:"z"`
+	// Own is the AUC of the attacker's own pages, if they are merged.
+	Own *float64 `json:"own_auc,omitempty"`
+	// Of writes only: which parts of the guessed and of the control pages are taken for
+	// merged, and how many of the former are.
+	Hits   *[2]float64 `json:"hits,omitempty"`
+	Shared *int        `json:"shared,omitempty"`
+}
+
+// sum makes results of the attacks.
+func (r *record) sum() results {
 	quiet := 0
 	for _, row := range r.rows {
 		if !row.found {
 			quiet += 2 // its writes and its reads
 		}
 	}
-	limit := rank.Threshold(quiet, falseAlarm)
+	all := results{Seed: seed, Guesses: guesses, Limit: rank.Threshold(quiet, falseAlarm)}
+	threshold := math.NaN()
+	for _, row := range r.rows {
+		reads, writes := row.times.Reads, row.times.Writes
+		if row.paired {
+			threshold = (rank.Median(writes[paired]) + rank.Median(writes[single])) / 2
+		}
+		write, read := line{Arm: row.arm, Timed: "write"}, line{Arm: row.arm, Timed: "read"}
+		write.Hits = &[2]float64{rank.Above(writes[guessed], threshold), rank.Above(writes[unguessed], threshold)}
+		write.Shared = &row.shared
+		for _, of := range []struct {
+			line   *line
+			sample [kinds][]float64
+		}{{&write, writes}, {&read, reads}} {
+			guess, other := of.sample[guessed], of.sample[unguessed]
+			c := rank.Compare(guess, other)
+			of.line.Guessed, of.line.Control, of.line.AUC, of.line.Z = rank.Median(guess), rank.Median(other), c.AUC, c.Z
+			if row.paired {
+				own := rank.Compare(of.sample[paired], of.sample[single]).AUC
+				of.line.Own = &own
+			}
+		}
+		all.Lines = append(all.Lines, write, read)
+	}
+	return all
+}
+
+// judge prints what came of the attacks, and fails the test unless those were found
+// that must be, and no others.
+func (r *record) judge(t *testing.T) {
+	if len(r.rows) == 0 {
+		return
+	}
+	all := r.sum()
 	var uts unix.Utsname
 	if err := unix.Uname(&uts); err != nil {
 		t.Fatal(err)
 	}
+	all.Kernel = unix.ByteSliceToString(uts.Release[:])
 	fmt.Printf(`
 Linux %s, seed %d.
 In each arm one read and one write were timed of each of %d guessed pages and
@@ -142,44 +204,67 @@ control pages, in percent, that it takes for merged: those whose writes take
 longer than halfway between the medians of its own. SHARED are the guessed
 pages that are in a page frame of the victim's.
 
-`, unix.ByteSliceToString(uts.Release[:]), seed, guesses, guesses, limit, falseAlarm)
-	line := func(columns ...any) {
-		fmt.Println(strings.TrimRight(fmt.Sprintf("%-19s %-5s %8s %8s %6s %7s %6s %7s %6s", columns...), " "))
+%s
+`, all.Kernel, all.Seed, all.Guesses, all.Guesses, all.Limit, falseAlarm, all.table())
+	if *out != "" {
+		data, err := json.MarshalIndent(all, "", "\t")
+		if err == nil {
+			err = os.WriteFile(*out, append(data, '\n'), 0o644)
+		}
+		if err != nil {
+			t.Error(err)
+		}
 	}
-	line("ARM", "TIMED", "GUESSED", "CONTROL", "AUC", "z", "OWN", "HITS", "SHARED")
-	line("", "", "ns", "ns", "", "", "", "%", "pages")
+	for i, l := range all.Lines {
+		switch row := r.rows[i/2]; {
+		case l.Timed == "write" && l.Own != nil && *l.Own < works:
+			t.Errorf("%s: the probe does not work: the AUC of the attacker's own pages is %.3f", l.Arm, *l.Own)
+		case row.found && l.Timed == "write" && l.AUC < works:
+			t.Errorf("%s: an attack that must work has an AUC of %.3f", l.Arm, l.AUC)
+		case !row.found && math.Abs(l.Z) > all.Limit:
+			t.Errorf("%s: a %s tells the guessed pages: AUC %.3f, z %.2f", l.Arm, l.Timed, l.AUC, l.Z)
+		}
+	}
+}
 
-	threshold := math.NaN()
-	for _, row := range r.rows {
-		reads, writes := row.times.Reads, row.times.Writes
-		if row.paired {
-			threshold = (rank.Median(writes[paired]) + rank.Median(writes[single])) / 2
-			if auc := rank.Compare(writes[paired], writes[single]).AUC; auc < works {
-				t.Errorf("%s: the probe does not work: the AUC of the attacker's own pages is %.3f", row.arm, auc)
-			}
-		}
-		percent := func(k kind) string { return fmt.Sprintf("%.0f", 100*rank.Above(writes[k], threshold)) }
-		for _, timed := range []struct {
-			arm, what, hits, shared string
-			sample                  [kinds][]float64
-		}{
-			{row.arm, "write", percent(guessed) + "/" + percent(unguessed), strconv.Itoa(row.shared), writes},
-			{"", "read", "", "", reads},
-		} {
-			guess, other, own := timed.sample[guessed], timed.sample[unguessed], "-"
-			c := rank.Compare(guess, other)
-			if row.paired {
-				own = fmt.Sprintf("%.3f", rank.Compare(timed.sample[paired], timed.sample[single]).AUC)
-			}
-			line(timed.arm, timed.what, fmt.Sprintf("%.0f", rank.Median(guess)), fmt.Sprintf("%.0f", rank.Median(other)),
-				fmt.Sprintf("%.3f", c.AUC), fmt.Sprintf("%.2f", c.Z), own, timed.hits, timed.shared)
-			switch {
-			case row.found && timed.what == "write" && c.AUC < works:
-				t.Errorf("%s: an attack that must work has an AUC of %.3f", row.arm, c.AUC)
-			case !row.found && math.Abs(c.Z) > limit:
-				t.Errorf("%s: a %s tells the guessed pages: AUC %.3f, z %.2f", row.arm, timed.what, c.AUC, c.Z)
-			}
-		}
+// table is for people.
+func (r results) table() string {
+	var b strings.Builder
+	row := func(columns ...any) {
+		b.WriteString(strings.TrimRight(fmt.Sprintf("%-19s %-5s %8s %8s %6s %7s %6s %7s %6s", columns...), " ") + "\n")
 	}
-	fmt.Println()
+	row("ARM", "TIMED", "GUESSED", "CONTROL", "AUC", "z", "OWN", "HITS", "SHARED")
+	row("", "", "ns", "ns", "", "", "", "%", "pages")
+	for _, l := range r.Lines {
+		arm, own, hits, shared := l.Arm, "-", "", ""
+		if l.Own != nil {
+			own = fmt.Sprintf("%.3f", *l.Own)
+		}
+		if l.Timed == "read" {
+			arm = "" // that of the writes
+		} else {
+			hits, shared = fmt.Sprintf("%.0f/%.0f", 100*l.Hits[0], 100*l.Hits[1]), strconv.Itoa(*l.Shared)
+		}
+		row(arm, l.Timed, fmt.Sprintf("%.0f", l.Guessed), fmt.Sprintf("%.0f", l.Control), fmt.Sprintf("%.3f", l.AUC), fmt.Sprintf("%.2f", l.Z), own, hits, shared)
+	}
+	return b.String()
+}
+
+// The README's table is that of a run whose results are in testdata.
+func TestReadme(t *testing.T) {
+	data, err := os.ReadFile("testdata/results.json")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var r results
+	if err := json.Unmarshal(data, &r); err != nil {
+		t.Fatal(err)
+	}
+	readme, err := os.ReadFile("../../README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !strings.Contains(string(readme), "```\n"+r.table()+"```\n") {
+		t.Errorf("the README has not this table:\n%s", r.table())
+	}
 }

@@ -65,6 +65,11 @@ func compare(w io.Writer, out string, files []string) error {
 			return err
 		}
 	}
+	return tell(w, results)
+}
+
+// tell prints the table of the results, and returns an error for what is not as promised.
+func tell(w io.Writer, results []Result) error {
 	table := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(table, "\t\twall, s\t\tCPU, s\t\trounds")
 	for _, r := range results {

@@ -60,3 +60,26 @@ func TestCompare(t *testing.T) {
 		}
 	}
 }
+
+// The table in the kernel's README is that of a run whose results are in testdata.
+func TestReadme(t *testing.T) {
+	data, err := os.ReadFile("testdata/kernel.json")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var results []Result
+	if err := json.Unmarshal(data, &results); err != nil {
+		t.Fatal(err)
+	}
+	var table strings.Builder
+	if err := tell(&table, results); err != nil {
+		t.Error(err)
+	}
+	readme, err := os.ReadFile("../../../kernel/README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !strings.Contains(string(readme), "```\n"+table.String()+"```\n") {
+		t.Errorf("the README has not this table:\n%s", table.String())
+	}
+}
