@@ -38,6 +38,12 @@ func TestRunRefuses(t *testing.T) {
 			if err == nil || strings.Contains(err.Error(), "\n") {
 				t.Errorf("got %v, want one line", err)
 			}
+			// These ask for less: what they do not take amiss is not known to them.
+			for _, stage := range []Stage{Poststart, Poststop} {
+				if err := run(t.Context(), stage, strings.NewReader(state), o, on); err != nil && strings.Contains(err.Error(), "\n") {
+					t.Errorf("%s: got %v, want one line", stage, err)
+				}
+			}
 		})
 	}
 	// Nobody has told of this one before.
