@@ -31,11 +31,17 @@ type Options struct {
 
 // Members opens the members below the directory of the machine's engine.
 func Members(dir string) (*member.Dir, error) {
-	return member.Open(filepath.Join(dir, "hooks"), func(cgroupsPath string) bool {
+	return member.Open(membersIn(dir), func(cgroupsPath string) bool {
 		dir, err := cgroup.Find(cgroup.DefaultRoot, cgroupsPath)
 		return errors.Is(err, os.ErrNotExist) || err == nil && !cgroup.Populated(dir)
 	})
 }
+
+// Told are the members that hooks have written down there. Unlike [Members] it changes
+// nothing.
+func Told(dir string) []member.Member { return member.List(membersIn(dir)) }
+
+func membersIn(dir string) string { return filepath.Join(dir, "hooks") }
 
 // Run is a hook: it reads the container's state and has the engine know of it. It waits
 // for no merge. The error is for a log, and never a reason for the container to fail;

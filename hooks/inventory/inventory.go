@@ -18,6 +18,8 @@ import (
 	"github.com/selective-ksm/selective-ksm/engine/cgroup"
 	"github.com/selective-ksm/selective-ksm/engine/control"
 	"github.com/selective-ksm/selective-ksm/engine/process"
+	"github.com/selective-ksm/selective-ksm/hooks"
+	"github.com/selective-ksm/selective-ksm/hooks/member"
 )
 
 // Container is a container that runs.
@@ -92,6 +94,11 @@ func Find(ctx context.Context, runDir string) (Inventory, error) {
 		told(all, report.Partitions)
 	} else if !errors.Is(err, control.ErrNoEngine) {
 		found.Missing = append(found.Missing, fmt.Sprintf("engine: %v", err))
+	} else {
+		written(all, hooks.Told(runDir), func(c *Container) bool {
+			pids, err := c.Pids()
+			return err == nil && len(pids) > 0
+		})
 	}
 	for _, c := range all {
 		found.Containers = append(found.Containers, *c)
@@ -117,6 +124,24 @@ func told(all map[string]*Container, partitions []engine.PartitionStatus) {
 			known.Sandbox.ID = cmp.Or(c.SandboxID, known.Sandbox.ID)
 			// By the id of its sandbox the engine knows the VMM of a pod.
 			known.Pause = false
+		}
+	}
+}
+
+// written adds what hooks have written down, and no engine has taken up, of containers whose
+// cgroups bear other names.
+func written(all map[string]*Container, members []member.Member, runs func(*Container) bool) {
+	for _, m := range members {
+		if all[m.ID] != nil || m.Facts == nil {
+			continue
+		}
+		c := &Container{
+			Container: m.Container, Sandbox: config.Sandbox{ID: m.SandboxID, Namespace: m.Namespace},
+			Annotations: m.Facts.Annotations, HostPID: m.Facts.HostPID,
+		}
+		c.Partition = "" // of no engine
+		if runs(c) {
+			all[m.ID] = c
 		}
 	}
 }

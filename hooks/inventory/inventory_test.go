@@ -12,6 +12,7 @@ import (
 
 	"github.com/selective-ksm/selective-ksm/config"
 	"github.com/selective-ksm/selective-ksm/engine"
+	"github.com/selective-ksm/selective-ksm/hooks/member"
 )
 
 // id is the id of a container, by a digit.
@@ -98,6 +99,26 @@ func TestTold(t *testing.T) {
 	}
 	if c := all[id("c")]; c.Partition != "" || len(all) != 4 {
 		t.Errorf("one that the engine has not is %+v, of %d", c, len(all))
+	}
+}
+
+// Where no engine runs, hooks have told of containers whose cgroup is found by no name.
+func TestWritten(t *testing.T) {
+	of := func(id string) member.Member {
+		return member.Member{
+			Container: engine.Container{ID: id, Name: "server", Pod: "web", Namespace: "shop", SandboxID: "pod", CgroupsPath: "/" + id, Partition: "one"},
+			Facts:     &member.Facts{HostPID: true, Annotations: map[string]string{"a": "b"}},
+		}
+	}
+	known := &Container{Container: engine.Container{ID: id("a")}}
+	all := map[string]*Container{id("a"): known}
+	written(all, []member.Member{of(id("a")), of("bundle"), of("ended")}, func(c *Container) bool { return c.ID != "ended" })
+	want := of("bundle").Container
+	want.Partition = "" // which an engine has, and none runs
+	got := all["bundle"]
+	if len(all) != 2 || all[id("a")] != known || got == nil || got.Container != want || !reflect.DeepEqual(got.Sandbox, config.Sandbox{ID: "pod", Namespace: "shop"}) ||
+		!got.HostPID || got.Annotations["a"] != "b" {
+		t.Errorf("found %+v, of %d", got, len(all))
 	}
 }
 

@@ -76,6 +76,7 @@ type form struct {
 }
 
 const (
+	bootID    = "/proc/sys/kernel/random/boot_id"
 	suffix    = ".json"
 	temporary = ".new-"
 	lockName  = "lock"
@@ -86,7 +87,7 @@ const (
 // Open opens a directory of members, which is made where it is not there. A member
 // whose cgroup is gone is none any more.
 func Open(path string, gone func(cgroupsPath string) bool) (*Dir, error) {
-	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	boot, err := os.ReadFile(bootID)
 	if err == nil {
 		err = os.MkdirAll(path, 0o700)
 	}
@@ -182,6 +183,27 @@ func (d *Dir) All(ctx context.Context) (all []Member, err error) {
 	return all, err
 }
 
+// List reads the members of a directory, which need not be there, and changes nothing.
+// What makes no sense, or is of another boot, is left out.
+func List(path string) []Member {
+	boot, err := os.ReadFile(bootID)
+	if err != nil {
+		return nil
+	}
+	d := &Dir{path: path, boot: strings.TrimSpace(string(boot))}
+	files, err := filepath.Glob(filepath.Join(path, "*"+suffix))
+	if err != nil {
+		return nil
+	}
+	var all []Member
+	for _, file := range files {
+		if m, err := d.read(file); err == nil {
+			all = append(all, m)
+		}
+	}
+	return all
+}
+
 // file is where a member is written down. An id may not be the name of a file.
 func (d *Dir) file(id string) string {
 	sum := sha256.Sum256([]byte(id))
@@ -203,6 +225,9 @@ func (d *Dir) read(path string) (Member, error) {
 	}
 	if d.file(f.Member.ID) != path {
 		return Member{}, fmt.Errorf("%s: is not the file of container %q", path, f.Member.ID)
+	}
+	if f.Member.CgroupsPath == "" {
+		return Member{}, fmt.Errorf("%s: names no cgroup: it is of another version", path)
 	}
 	return f.Member, nil
 }

@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -106,20 +107,44 @@ func TestAll(t *testing.T) {
 		t.Errorf("of another boot: %v, %v", found, err)
 	}
 
+	// One of a version that named things otherwise.
+	if err := os.WriteFile(d.file("old"), fmt.Appendf(nil, `{"Boot":%q,"Member":{"ID":"old","CgroupsPath":"/old"}}`, d.boot), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	names := func() (all []string) {
+		entries, err := os.ReadDir(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, e := range entries {
+			all = append(all, e.Name())
+		}
+		return all
+	}
+
+	// Whoever only reads changes nothing, and does not know whose cgroup is gone.
+	files := names()
+	var read []string
+	for _, m := range List(path) {
+		read = append(read, m.ID)
+	}
+	if slices.Sort(read); !slices.Equal(read, []string{"gone", "here"}) || !slices.Equal(names(), files) {
+		t.Errorf("read %q, and there are %q, %q before", read, names(), files)
+	}
+	if all := List(filepath.Join(path, "none")); all != nil {
+		t.Errorf("read %+v", all)
+	}
+
 	all, err := d.All(ctx)
 	if len(all) != 1 || all[0].ID != "here" {
 		t.Errorf("got %+v", all)
 	}
-	for _, want := range []string{"truncated.json: unexpected end of JSON input", `is not the file of container "here"`} {
+	for _, want := range []string{"truncated.json: unexpected end of JSON input", `is not the file of container "here"`, "of another version"} {
 		if err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("error %v does not say %q", err, want)
 		}
 	}
-	var left []string
-	entries, _ := os.ReadDir(path)
-	for _, e := range entries {
-		left = append(left, e.Name())
-	}
+	left := names()
 	if len(left) != 2 || left[0] != filepath.Base(d.file("here")) || left[1] != lockName {
 		t.Errorf("left are %q", left)
 	}
