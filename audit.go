@@ -20,6 +20,9 @@ import (
 // errCrossed says that merged pages are shared that must not be.
 var errCrossed = errors.New("merged pages are shared across the border of a partition")
 
+// errBlind says that nothing is known of that.
+var errBlind = errors.New("it could not look")
+
 // runAudit looks for merged pages that are shared across partitions. The error is that
 // there are some, or that it could not look.
 func runAudit(args []string) error {
@@ -45,7 +48,7 @@ func runAudit(args []string) error {
 	case by != "" && !slices.Contains(scopes, config.Scope(by)):
 		return fmt.Errorf("audit: -by %s: write container, pod, group or namespace: %w", by, errUsage)
 	case os.Geteuid() != 0:
-		return errNotRoot
+		return fmt.Errorf("audit: %w: %w", errBlind, errNotRoot)
 	}
 	if by != "" {
 		policy.PartitionBy = config.Scope(by)
@@ -54,7 +57,7 @@ func runAudit(args []string) error {
 	defer stop()
 	report, err := auditNow(ctx, policy, by != "")
 	if err != nil {
-		return fmt.Errorf("audit: %w", err)
+		return fmt.Errorf("audit: %w: %w", errBlind, err)
 	}
 	if asJSON {
 		err = writeJSON(os.Stdout, report)

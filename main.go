@@ -63,7 +63,8 @@ const usage = `selective-ksm merges the identical memory of containers, inside o
         say what each policy would save of the containers that run, or of processes; changes nothing
   selective-ksm audit [-config FILE] [-by container|pod|group|namespace] [-strict] [-json]
         prove by physical pages that nothing is merged across partitions, those of the running
-        engine or by policy; exit 1 if something is, with -strict also with a process in none
+        engine or by policy; exit 1 if something is, with -strict also with a process in none,
+        and 3 if it could not look
   selective-ksm report [-status FILE]... [-estimate FILE] [-bench FILE] [-o FILE]
         write one HTML page of what status, estimate and benchmarks told as JSON
   selective-ksm optin -- COMMAND [ARG]...
@@ -78,6 +79,7 @@ Launched by a runtime from its NRI plugin directory it needs no arguments.
 const (
 	exitFailed = 1
 	exitUsage  = 2
+	exitBlind  = 3 // of an audit that has proved nothing
 )
 
 // collect is how much garbage there may be, in percent of what is in use.
@@ -139,6 +141,9 @@ func main() {
 	case errors.Is(err, errUsage):
 		complain(err)
 		os.Exit(exitUsage)
+	case errors.Is(err, errBlind):
+		complain(err)
+		os.Exit(exitBlind)
 	case err != nil:
 		complain(err)
 		os.Exit(exitFailed)
