@@ -28,8 +28,8 @@ func runReport(args []string) error {
 		})
 	}
 	from("status", func(content []byte) error {
-		s, err := page.ReadStatus(content)
-		data.Statuses = append(data.Statuses, s)
+		some, err := page.ReadStatus(content)
+		data.Statuses = append(data.Statuses, some...)
 		return err
 	})
 	from("estimate", func(content []byte) (err error) {
@@ -50,7 +50,8 @@ func runReport(args []string) error {
 	if into == "" {
 		return page.Write(os.Stdout, data)
 	}
-	file, err := os.Create(into)
+	// Not for everybody: it tells what status does.
+	file, err := os.OpenFile(into, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
 	if err != nil {
 		return fmt.Errorf("report: -o: %w", err)
 	}

@@ -38,7 +38,7 @@ type ContainerStatus struct {
 	// Reason is why it is not merged, or not all of it, and Cause is the kind of that.
 	// Both are empty if it is, or will be.
 	Reason string `json:"reason,omitempty"`
-	Cause  Cause  `json:"reason_kind,omitempty"`
+	Cause  Cause  `json:"cause,omitempty"`
 	// Result is of the last merge.
 	Result Result `json:"last_merge"`
 }

@@ -65,7 +65,7 @@ type reply struct {
 	Error  string  `json:"error,omitempty"`
 	Ending bool    `json:"ending,omitempty"`
 	Yields bool    `json:"yields,omitempty"`
-	Report *Report `json:"report,omitempty"`
+	Report *Report `json:"status,omitempty"`
 }
 
 const (

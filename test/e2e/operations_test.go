@@ -214,6 +214,28 @@ func TestOperations(t *testing.T) {
 		}
 	}
 
+	// All that they are told makes a page, that is for them alone.
+	dir := t.TempDir()
+	onPage := []string{"report", "-bench", "../bench/testdata/results.json", "-o", filepath.Join(dir, "page.html")}
+	for what, args := range map[string]string{"status": "", "estimate": " -interval 0"} {
+		path := filepath.Join(dir, what+".json")
+		if err := os.WriteFile(path, []byte(call(t, "selective-ksm "+what+" -json"+args)), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		onPage = append(onPage, "-"+what, path)
+	}
+	if out, err := exec.CommandContext(deadline(t), program, onPage...).CombinedOutput(); err != nil || len(out) > 0 {
+		t.Errorf("report: %v\n%s", err, out)
+	}
+	html, err := os.ReadFile(filepath.Join(dir, "page.html"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	wantWords(t, string(html), "default/shop/web", "namespace", "Time to merge")
+	if info, err := os.Stat(filepath.Join(dir, "page.html")); err != nil || info.Mode().Perm() != 0o600 {
+		t.Errorf("the page is %v, %v", info.Mode(), err)
+	}
+
 	// One that is unmerged stays so while others are merged, and is merged when asked for.
 	call(t, readmeUnmerge, inShop)
 	waitFor(t, "it to be unmerged", func() bool { return of(t, inShop).Hold == engine.HoldUnmerged })

@@ -3,6 +3,7 @@
 package page
 
 import (
+	"bytes"
 	"cmp"
 	_ "embed"
 	"encoding/json"
@@ -59,16 +60,27 @@ type Measured struct{ What, Value, Note string }
 // ErrForm says that a file is of another form than the one that it was given for.
 var ErrForm = errors.New("it is of another form")
 
-// ReadStatus reads what selective-ksm status -json tells. Errors match [ErrForm].
-func ReadStatus(data []byte) (Status, error) {
-	var report control.Report
-	err := json.Unmarshal(data, &report)
-	if err == nil && report.Partitions == nil {
-		err = errors.New("no partitions")
+// ReadStatus reads what selective-ksm status -json tells, with -watch once or more often.
+// Errors match [ErrForm].
+func ReadStatus(data []byte) ([]Status, error) {
+	var all []Status
+	for told := json.NewDecoder(bytes.NewReader(data)); ; {
+		var report control.Report
+		err := told.Decode(&report)
+		if errors.Is(err, io.EOF) && len(all) > 0 {
+			return all, nil
+		}
+		if err == nil && report.Partitions == nil {
+			err = errors.New("no partitions")
+		}
+		if err != nil {
+			return nil, fmt.Errorf("%w: give it what selective-ksm status -json tells: %w", ErrForm, err)
+		}
+		all = append(all, statusOf(report))
 	}
-	if err != nil {
-		return Status{}, fmt.Errorf("%w: give it what selective-ksm status -json tells: %w", ErrForm, err)
-	}
+}
+
+func statusOf(report control.Report) Status {
 	s := Status{At: report.At}
 	for _, from := range report.Partitions {
 		p := Partition{Name: from.Name, Spent: from.Work.CPU}
@@ -80,7 +92,7 @@ func ReadStatus(data []byte) (Status, error) {
 		}
 		s.Partitions = append(s.Partitions, p)
 	}
-	return s, nil
+	return s
 }
 
 // ReadEstimate reads what selective-ksm estimate -json writes. Errors match [ErrForm].

@@ -3,6 +3,7 @@ package page
 import (
 	"encoding/json"
 	"errors"
+	"reflect"
 	"slices"
 	"strings"
 	"testing"
@@ -42,17 +43,28 @@ func encode(t *testing.T, v any) []byte {
 func TestReadStatus(t *testing.T) {
 	const mib = 1 << 20
 	at := time.Unix(1, 0).UTC()
-	s, err := ReadStatus(encode(t, report(at, mib)))
+	first, second := encode(t, report(at, mib)), encode(t, report(at.Add(time.Second), 2*mib))
+	all, err := ReadStatus(slices.Concat(first, []byte("\n"), second))
 	if err != nil {
 		t.Fatal(err)
 	}
-	if s.Saved() != 15*mib || len(s.Partitions) != 2 || !s.At.Equal(at) {
-		t.Errorf("%+v", s)
+	if len(all) != 2 || all[0].Saved() != 15*mib || all[1].Saved() != 30*mib || len(all[0].Partitions) != 2 || !all[0].At.Equal(at) {
+		t.Fatalf("%+v", all)
 	}
-	if p := s.Partitions[0]; p.Offered != 6*mib || p.Merged != 3*mib || p.Spent != 2*time.Second || p.Containers[0] != "shop/pod-1/web" {
+	if p := all[0].Partitions[0]; p.Offered != 6*mib || p.Merged != 3*mib || p.Spent != 2*time.Second || p.Containers[0] != "shop/pod-1/web" {
 		t.Errorf("%+v", p)
 	}
-	for _, bad := range []string{"", "7", "{}", "[7]", `{"policies": []}`} {
+	// Files are kept, and read by another version.
+	kept, err := ReadStatus([]byte(`{"at": "1970-01-01T00:00:01Z", "partitions": [
+		{"name": "sksm-pod-1", "work": {"cpu_ns": 2000000000}, "containers": [
+			{"namespace": "shop", "pod": "pod-1", "name": "web", "last_merge": {"offered_bytes": 2, "merged_bytes": 3, "saved_bytes": 4}}]}]}`))
+	want := []Status{{At: at, Partitions: []Partition{
+		{Name: "sksm-pod-1", Containers: []string{"shop/pod-1/web"}, Offered: 2, Merged: 3, Saved: 4, Spent: 2 * time.Second},
+	}}}
+	if err != nil || !reflect.DeepEqual(kept, want) {
+		t.Errorf("got %+v, %v, want %+v", kept, err, want)
+	}
+	for _, bad := range []string{"", "7", "{}", "[7]", `{"policies": []}`, string(encode(t, report(at, mib))) + "{"} {
 		if _, err := ReadStatus([]byte(bad)); !errors.Is(err, ErrForm) {
 			t.Errorf("status %q: %v", bad, err)
 		}
@@ -102,7 +114,7 @@ func TestWrite(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		d.Statuses = append(d.Statuses, s)
+		d.Statuses = append(d.Statuses, s...)
 	}
 	d.Estimate = &estimate.Report{Rate: 1. / 16, IntervalSeconds: 5, Policies: []estimate.Policy{
 		{Policy: "pod", Partitions: 2, Saved: 30 << 20, Volatile: 10 << 20, IsolationCosts: 50 << 20},
