@@ -17,6 +17,7 @@ import (
 	"github.com/selective-ksm/selective-ksm/engine"
 	"github.com/selective-ksm/selective-ksm/engine/control/page"
 	"github.com/selective-ksm/selective-ksm/engine/estimate"
+	"github.com/selective-ksm/selective-ksm/engine/memory"
 	"github.com/selective-ksm/selective-ksm/hooks/inventory"
 )
 
@@ -70,7 +71,7 @@ func runEstimate(args []string) error {
 	}
 	done := func() {}
 	if isTerminal(os.Stderr) {
-		o.Progress, done = progress(os.Stderr)
+		o.Progress, done = progress(os.Stderr, resident(all))
 	}
 	report, err := estimate.Run(ctx, all, o)
 	done()
@@ -83,21 +84,39 @@ func runEstimate(args []string) error {
 	return showEstimate(os.Stdout, report)
 }
 
-// progress shows how much has been read, until it is done.
-func progress(out io.Writer) (read func(look int, pages uint64), done func()) {
-	var (
-		total [3]uint64
-		shown time.Time
-	)
+// progress shows how much has been read, until it is done. How much there is, the first look
+// takes from what the processes have, and the second from the first.
+func progress(out io.Writer, resident uint64) (read func(look int, pages uint64), done func()) {
+	const width = 30
+	var shown time.Time
+	total := [3]uint64{resident}
 	read = func(look int, pages uint64) {
 		total[look] += pages
 		if time.Since(shown) < 100*time.Millisecond {
 			return
 		}
 		shown = time.Now()
-		fmt.Fprintf(out, "\rlook %d: %s \x1b[K", look, page.Size(total[look]*uint64(os.Getpagesize())))
+		part := min(total[look]*width/max(total[look-1], 1), width)
+		fmt.Fprintf(out, "\rlook %d [%-*s] %s \x1b[K", look, width, strings.Repeat("#", int(part)), page.Size(total[look]*uint64(os.Getpagesize())))
 	}
 	return read, func() { fmt.Fprint(out, "\r\x1b[K") }
+}
+
+// resident is how many pages the processes of containers have. What they share counts for
+// each of them.
+func resident(all inventory.Inventory) (pages uint64) {
+	for _, c := range all.Containers {
+		pids, err := c.Pids()
+		if err != nil {
+			continue // It is gone.
+		}
+		for _, pid := range pids {
+			if now, err := memory.ActivityOf(pid); err == nil {
+				pages += now.Resident
+			}
+		}
+	}
+	return pages
 }
 
 // showEstimate shows a report to people.
