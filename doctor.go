@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"path/filepath"
@@ -54,20 +55,7 @@ func runDoctor(args []string) error {
 	for _, f := range detect.Probe(lookFor(cfg)) {
 		fmt.Printf("interface %s\n", f)
 	}
-	unfit := false
-	for _, p := range prerequisites(cfg, socket) {
-		switch {
-		case p.err == nil:
-			fmt.Printf("ok       %s\n", p.what)
-			continue
-		case p.needed:
-			unfit = true
-			fmt.Printf("MISSING  %s: %v\n", p.what, p.err)
-		default:
-			fmt.Printf("without  %s: %v\n", p.what, p.err)
-		}
-		fmt.Printf("         fix: %s\n", p.fix)
-	}
+	unfit := diagnose(os.Stdout, prerequisites(cfg, socket))
 	// Not by its lock: an engine that starts meanwhile would find it taken.
 	switch r, err := control.Ask(context.Background(), engine.RunDir); {
 	case err == nil:
@@ -79,6 +67,25 @@ func runDoctor(args []string) error {
 		return errUnfit
 	}
 	return nil
+}
+
+// diagnose says of each prerequisite whether it is there, and otherwise what to do. It
+// reports whether the engine could not run.
+func diagnose(out io.Writer, all []prerequisite) (unfit bool) {
+	for _, p := range all {
+		switch {
+		case p.err == nil:
+			fmt.Fprintf(out, "ok       %s\n", p.what)
+			continue
+		case p.needed:
+			unfit = true
+			fmt.Fprintf(out, "MISSING  %s: %v\n", p.what, p.err)
+		default:
+			fmt.Fprintf(out, "without  %s: %v\n", p.what, p.err)
+		}
+		fmt.Fprintf(out, "         fix: %s\n", p.fix)
+	}
+	return unfit
 }
 
 // prerequisites looks for all.
