@@ -324,7 +324,10 @@ func (p *plugin) notMerged(s *subject, reason error) {
 	if errors.As(reason, new(leftOut)) {
 		level = logrus.InfoLevel
 	}
-	p.Log.WithFields(logrus.Fields{
-		"pod": c.Pod, "namespace": c.Namespace, "container": c.Name, "container_id": c.ID,
-	}).WithError(reason).Log(level, "container is not merged")
+	fields := logrus.Fields{"pod": c.Pod, "namespace": c.Namespace, "container": c.Name, "container_id": c.ID}
+	if of := s.assigned.Partition; of != "" {
+		// That the kernel refused.
+		fields["partition"] = of
+	}
+	p.Log.WithFields(fields).WithError(reason).Log(level, "container is not merged")
 }

@@ -33,6 +33,8 @@ const (
 	// minRetry and maxRetry bound the time between attempts to connect again.
 	minRetry = 100 * time.Millisecond
 	maxRetry = 5 * time.Second
+	// stable is how long a connection lasts of a runtime that does not close each one.
+	stable = 10 * time.Second
 	// patience is how long the runtime may take from our connection to its
 	// configuring us, and how long the stub may take to stop.
 	patience = 10 * time.Second
@@ -110,6 +112,7 @@ func Run(ctx context.Context, o Options) error {
 	defer cancel()
 	retry := minRetry
 	for connected, waits := false, false; ; {
+		began := time.Now()
 		err := p.serve(ctx)
 		connected = connected || !errors.Is(err, errConnect)
 		switch {
@@ -128,7 +131,7 @@ func Run(ctx context.Context, o Options) error {
 		default:
 			p.Log.WithError(err).Debug("the runtime does not answer yet")
 		}
-		if p.get().synchronized {
+		if p.get().synchronized && time.Since(began) > stable {
 			retry = minRetry
 		}
 		select {
