@@ -167,6 +167,25 @@ PASS
 	}
 }
 
+// The README's table is that of the run whose results are in testdata.
+func TestReadme(t *testing.T) {
+	report, err := result.Read("testdata/results.json")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var table strings.Builder
+	if err := report.Table(&table, figuresOf(report.Quick), true); err != nil {
+		t.Fatal(err)
+	}
+	readme, err := os.ReadFile("../../README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !strings.Contains(string(readme), "```\n"+table.String()+"```\n") {
+		t.Errorf("the README has not this table:\n%s", table.String())
+	}
+}
+
 // Every figure has a title and a name of its own, and compares with one thing at most.
 func TestFigures(t *testing.T) {
 	for _, quick := range []bool{false, true} {

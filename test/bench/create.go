@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"sync"
 	"time"
 
 	"github.com/containerd/nri/pkg/api"
@@ -40,13 +41,16 @@ func (g *guest) runtime(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	// As a program of its own it shares no page with this one, which always runs, and so has
-	// been translated where that is done.
-	program := n.Path("idle")
-	if content, err := os.ReadFile(self); err != nil {
-		return err
-	} else if err := os.WriteFile(program, content, 0o755); err != nil {
-		return err
+	// As a program of its own the idle plugin shares no page with this one, which always runs,
+	// and so has been translated where that is done. Both are of the same file system.
+	programs := map[string]string{idlePlugin: self, product: filepath.Join(g.bin, product)}
+	for name, from := range programs {
+		programs[name] = n.Path("bench-" + filepath.Base(from))
+		if content, err := os.ReadFile(from); err != nil {
+			return err
+		} else if err := os.WriteFile(programs[name], content, 0o755); err != nil {
+			return err
+		}
 	}
 	config := n.Path("plugin.yaml")
 	if err := os.WriteFile(config, []byte("logFormat: json\n"), 0o644); err != nil {
@@ -55,13 +59,13 @@ func (g *guest) runtime(ctx context.Context) (err error) {
 	for left := g.starts; left > 0; left -= perTurn {
 		count := min(left, perTurn)
 		for _, variant := range []struct {
-			name, program string
-			args          []string
+			name string
+			args []string
 		}{
-			{idlePlugin, program, []string{"idle", n.NRISocket()}},
-			{product, filepath.Join(g.bin, product), plugin.Args(config, n.NRISocket())},
+			{idlePlugin, []string{"idle", n.NRISocket()}},
+			{product, plugin.Args(config, n.NRISocket())},
 		} {
-			p, err := plugin.StartArgs(ctx, variant.program, variant.args...)
+			p, err := plugin.StartArgs(ctx, programs[variant.name], variant.args...)
 			if err != nil {
 				return err
 			}
@@ -142,15 +146,22 @@ func (idle) RemovePodSandbox(context.Context, *api.PodSandbox) error            
 
 // runIdle runs it until ctx ends.
 func runIdle(ctx context.Context, socket string) error {
-	s, err := stub.New(idle{}, stub.WithPluginName("idle"), stub.WithPluginIdx(plugin.Index), stub.WithSocketPath(socket), stub.WithLogger(silent{}))
+	gone := make(chan struct{})
+	closed := sync.OnceFunc(func() { close(gone) })
+	s, err := stub.New(idle{}, stub.WithPluginName("idle"), stub.WithPluginIdx(plugin.Index), stub.WithSocketPath(socket),
+		stub.WithLogger(silent{}), stub.WithOnClose(closed))
 	if err != nil {
 		return err
 	}
 	if err := s.Start(ctx); err != nil {
 		return err
 	}
-	<-ctx.Done()
-	s.Stop()
-	s.Wait()
-	return nil
+	defer s.Wait()
+	defer s.Stop()
+	select {
+	case <-ctx.Done():
+		return nil
+	case <-gone:
+		return errors.New("the runtime closed the connection")
+	}
 }

@@ -13,6 +13,9 @@ const (
 	product   = "selective-ksm"
 	nothing   = "no merging"
 
+	withDaemon    = "with the daemon"
+	withoutDaemon = "without it"
+
 	byDefault = "ksmd by default"
 	flatOut   = "ksmd flat out"
 	byAdvisor = "ksmd, scan-time advisor"
@@ -127,7 +130,7 @@ func figuresOf(quick bool) []result.Figure {
 		},
 		{
 			Name: "idle-cpu", Unit: "% of a CPU", Variant: byDefault,
-			Title: fmt.Sprintf("2. CPU in the last %s of that, when nothing changes", shortly(s.window-s.idleFrom)),
+			Title: fmt.Sprintf("2. CPU in the last %s of that, between two merges", shortly(s.window-s.idleFrom)),
 		},
 		{
 			Name: "partitions", Unit: "s", Case: onePartition, Axis: "partitions", Log: true, Short: []string{onePartition, fmt.Sprint(s.partitions[len(s.partitions)-1], " partitions")},

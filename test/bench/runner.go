@@ -144,11 +144,15 @@ var goBenchmarks = []struct {
 	{"./engine/estimate", "Read", "1s", map[string]result.Sample{
 		"Read cpu-s/GiB": {Figure: "read", Case: "4 processes of 128 MiB", Variant: product, Value: 1},
 	}},
-	{"./test/hooks", "Hook", "20x", map[string]result.Sample{
-		"Hook/daemon true-ms":          {Figure: "hook", Case: "/bin/true", Variant: product, Value: 1},
-		"Hook/daemon createRuntime-ms": {Figure: "hook", Case: "createRuntime", Variant: product, Value: 1},
-		"Hook/daemon poststart-ms":     {Figure: "hook", Case: "poststart", Variant: product, Value: 1},
-		"Hook/daemon poststop-ms":      {Figure: "hook", Case: "poststop", Variant: product, Value: 1},
+	{"./test/hooks", "Hook", "100x", map[string]result.Sample{
+		"Hook/daemon true-ms":          {Figure: "hook", Case: emptyHook, Variant: withDaemon, Value: 1},
+		"Hook/daemon createRuntime-ms": {Figure: "hook", Case: "createRuntime", Variant: withDaemon, Value: 1},
+		"Hook/daemon poststart-ms":     {Figure: "hook", Case: "poststart", Variant: withDaemon, Value: 1},
+		"Hook/daemon poststop-ms":      {Figure: "hook", Case: "poststop", Variant: withDaemon, Value: 1},
+		"Hook/worker true-ms":          {Figure: "hook", Case: emptyHook, Variant: withoutDaemon, Value: 1},
+		"Hook/worker createRuntime-ms": {Figure: "hook", Case: "createRuntime", Variant: withoutDaemon, Value: 1},
+		"Hook/worker poststart-ms":     {Figure: "hook", Case: "poststart", Variant: withoutDaemon, Value: 1},
+		"Hook/worker poststop-ms":      {Figure: "hook", Case: "poststop", Variant: withoutDaemon, Value: 1},
 	}},
 }
 
@@ -250,10 +254,16 @@ func (r *runner) tell() error {
 	if _, err := os.Stdout.Write(table.Bytes()); err != nil {
 		return err
 	}
-	if above := result.Above(figures, results); len(above) > 0 {
-		return fmt.Errorf("above the limit:\n%s", strings.Join(above, "\n"))
+	var errs []error
+	for _, f := range figures {
+		if r.only == "" && !slices.ContainsFunc(results, func(r result.Result) bool { return r.Figure == f.Name }) {
+			errs = append(errs, fmt.Errorf("not measured: %s", f.Title))
+		}
 	}
-	return nil
+	if above := result.Above(figures, results); len(above) > 0 {
+		errs = append(errs, fmt.Errorf("above the limit:\n%s", strings.Join(above, "\n")))
+	}
+	return errors.Join(errs...)
 }
 
 func draw(path string, f result.Figure, results []result.Result) error {

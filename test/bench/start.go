@@ -187,13 +187,19 @@ func (g *guest) follow(ctx context.Context, m merging) error {
 	if err := wait(ctx, g.idleFrom-time.Since(began)); err != nil {
 		return err
 	}
-	idle := m.cpu()
+	idle, from := m.cpu(), time.Now()
 	if err := wait(ctx, g.window-time.Since(began)); err != nil {
 		return err
 	}
-	end := m.cpu()
+	end, took := m.cpu(), time.Since(from)
+	saved, err := m.counter()
+	if err != nil {
+		return err
+	}
 	whole, rest := g.sampleOf(m), g.sampleOf(m)
 	whole.Figure, whole.Value = "saving-cpu", (end - cpu).Seconds()
-	rest.Figure, rest.Value = "idle-cpu", 100*(end-idle).Seconds()/(g.window-g.idleFrom).Seconds()
+	// All that it would take to save the rest is not in it.
+	whole.Over = saved < int(reachable*float64(m.want))
+	rest.Figure, rest.Value = "idle-cpu", 100*(end-idle).Seconds()/took.Seconds()
 	return errors.Join(g.sample(whole), g.sample(rest))
 }

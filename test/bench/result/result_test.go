@@ -158,3 +158,29 @@ func TestReport(t *testing.T) {
 		t.Errorf("the short table is\n%s", short.String())
 	}
 }
+
+// What others are compared with is 1, and what has nothing to be compared with is not.
+func TestCompared(t *testing.T) {
+	ours := func(s Sample) bool { return s.Figure == "wall" && s.Variant == "ours" }
+	for _, tc := range []struct {
+		samples []Sample
+		ours    string
+	}{
+		{where(samples(), func(s Sample) bool { return s.Figure == "wall" }), "0.263 (0.25-0.275)"},
+		{where(samples(), ours), "-"},
+	} {
+		results, err := Summarize(figures, tc.samples)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var table strings.Builder
+		if err := (Report{Results: results}).Table(&table, figures, false); err != nil {
+			t.Fatal(err)
+		}
+		for line := range strings.Lines(table.String()) {
+			if strings.HasPrefix(line, "    other") && !strings.HasSuffix(line, " 1\n") || strings.HasPrefix(line, "    ours") && !strings.HasSuffix(line, " "+tc.ours+"\n") {
+				t.Errorf("%q, want ours to be %s", line, tc.ours)
+			}
+		}
+	}
+}

@@ -75,6 +75,11 @@ func (f Figure) of() string {
 	return ""
 }
 
+// isBase tells whether others are compared with a result.
+func (f Figure) isBase(r Result) bool {
+	return f.Case != "" && r.Case == f.Case || f.Variant != "" && r.Variant == f.Variant
+}
+
 // Names names variants. Those that several kernels have bear what the kernel's release ends
 // with, too.
 func Names(rows []Result) func(Result) string {
@@ -98,8 +103,10 @@ func (r Result) numbers(f Figure) string {
 	ratio := ""
 	if r.Ratio != nil {
 		ratio = fmt.Sprintf("%s%s (%s-%s)", over, number(r.Ratio.Median), number(r.Ratio.Q1), number(r.Ratio.Q3))
-	} else if f.of() != "" {
+	} else if f.isBase(r) {
 		ratio = "1"
+	} else if f.of() != "" {
+		ratio = "-" // what it compares with was not measured
 	}
 	return fmt.Sprintf(" %3d %-22s %s", r.N, fmt.Sprintf("%s%s (%s-%s)", over, number(r.Median), number(r.Q1), number(r.Q3)), ratio)
 }
