@@ -118,7 +118,8 @@ func wantPartitions(t *testing.T, all []governed) {
 func TestPolicy(t *testing.T) {
 	n := sharedNode(t)
 	const (
-		rest = "sharedGroups: {open: [shop, bank]}\npods: {runtimeHandlers: {include: ['', runc*]}, labels: {exclude: [merge=no*]}}\n" +
+		rules = "pods: {namespaces: {exclude: [kube-system, skip-*]}, runtimeHandlers: {include: ['', runc*]}, labels: {exclude: [merge=no*]}}\n"
+		rest  = "sharedGroups: {open: [shop, bank]}\n" + rules +
 			"startDelays: [0s]\ninterval: 1s\nmaxInterval: 1s\n" + always
 		wide, narrow = "partitionBy: namespace\n" + rest, "partitionBy: pod\n" + rest
 	)
@@ -176,9 +177,15 @@ func TestPolicy(t *testing.T) {
 		{pod: node.PodConfig{Name: "one", Namespace: "shop", Annotations: asks("partition/container.web", "container", "partition", "pod")},
 			containers: []string{"web", "worker"}, tenants: []string{itself, itself}},
 		{pod: node.PodConfig{Name: "typo", Namespace: "shop", Annotations: asks("partition", "nmaespace")}, tenants: []string{itself}},
+		{pod: node.PodConfig{Name: "bad-interval", Namespace: "shop", Annotations: asks("interval", "often")}, tenants: []string{"shop"}},
+		{pod: node.PodConfig{Name: "bad-secrets", Namespace: "shop", Annotations: asks("include-secrets", "maybe")}, tenants: []string{"shop"}},
+		{pod: node.PodConfig{Name: "bad-merge", Namespace: "shop", Annotations: asks("merge", "maybe")}, reason: "merge.selective-ksm.dev is not known"},
+		{pod: node.PodConfig{Name: "asked", Namespace: "shop", Annotations: asks("merge", "on", "partition", "pod")}, tenants: []string{itself}},
+		{pod: node.PodConfig{Name: "picked", Namespace: "shop", Labels: map[string]string{"pick": "me-too"}, Annotations: asks("partition", "pod")}, tenants: []string{itself}},
 		{pod: node.PodConfig{Name: "demand", Namespace: "shop", Annotations: asks("merge", "on-demand", "partition", "pod")}, tenants: []string{itself}},
 		{pod: node.PodConfig{Name: "off", Namespace: "shop", Annotations: asks("merge", "off")}, reason: `merge.selective-ksm.dev is "off"`},
 		{pod: node.PodConfig{Name: "label", Namespace: "shop", Labels: map[string]string{"merge": "nothing"}}, reason: "pods.labels.exclude"},
+		{pod: node.PodConfig{Name: "skipped", Namespace: "skip-me"}, reason: "pods.namespaces.exclude"},
 		{pod: node.PodConfig{Name: "system", Namespace: "kube-system", Annotations: asks("merge", "on")}, reason: "pods.namespaces.exclude"},
 		{pod: node.PodConfig{Name: "host", Namespace: "shop", HostPID: true}, reason: "pods.hostPID"},
 		{pod: node.PodConfig{Name: "root", Namespace: "shop", Privileged: true}, reason: "pods.privileged"},
@@ -238,8 +245,12 @@ func TestPolicy(t *testing.T) {
 	wantTenants(t, all)
 	wantPartitions(t, all)
 	bad := func(l plugin.Line) bool { return strings.HasPrefix(l.Message, "annotation does not count") }
-	if lines := p.Lines(bad); len(lines) != 1 || lines[0].Pod != "typo" {
-		t.Errorf("annotations that do not count: %v", lines)
+	var pods []string
+	for _, l := range p.Lines(bad) {
+		pods = append(pods, l.Pod)
+	}
+	if slices.Sort(pods); !slices.Equal(pods, []string{"bad-interval", "bad-merge", "bad-secrets", "typo"}) {
+		t.Errorf("annotations that do not count are those of %q", pods)
 	}
 
 	// Another one finds the same names.
@@ -268,7 +279,7 @@ func TestPolicy(t *testing.T) {
 	}
 	waitTenants(t, p, since, all)
 	wantTenants(t, all)
-	if lines := p.Lines(bad); len(lines) != 5 {
+	if lines := p.Lines(bad); len(lines) != 8 {
 		t.Errorf("annotations that do not count: %v", lines)
 	}
 	there, err := partition.List()
@@ -286,6 +297,30 @@ func TestPolicy(t *testing.T) {
 	outcome(3, yes)
 	if err := partition.WaitFor(deadline(t), there...); err != nil {
 		t.Error(err)
+	}
+
+	// What it leaves out now is unmerged, and merged again when it does not.
+	for i, other := range []struct{ rules, stay string }{
+		{"onlyAnnotated: true", "asked demand"},
+		{"labels: {include: [pick=me*]}", "picked"},
+		{"runtimeHandlers: {include: [kata*]}", ""},
+	} {
+		write(strings.Replace(narrow, rules, "pods: {"+other.rules+"}\n", 1))
+		outcome(4+i, yes)
+		since := time.Now()
+		var stay []string
+		for i, g := range all {
+			all[i].tenant = ""
+			if slices.Contains(strings.Fields(other.stay), g.Pod.Name) {
+				all[i].tenant = g.narrowed
+				stay = append(stay, partition.OfPod(g.Pod.ID))
+			}
+		}
+		if err := partition.WaitFor(deadline(t), stay...); err != nil {
+			t.Errorf("%s: %v", other.rules, err)
+		}
+		waitTenants(t, p, since, all)
+		wantTenants(t, all)
 	}
 	for _, g := range all {
 		unchanged(t, g.Container)
