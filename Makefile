@@ -43,9 +43,9 @@ STRESS_VM := $(call vm,debug) -append 'slab_nomerge numa=fake=2' -timeout 24h -e
 stress = go test -count=1 -v -timeout 0 -exec "$(STRESS_VM) --" ./test/kernel/stress -length $(1)
 STRESS := 10m
 
-# With so little memory, it runs short. Each step has its own limit.
+# For so long, within so long. With so little memory, it runs short.
 soak = go test -count=1 -v -timeout 0 -run '^TestChaos$$' \
-	-exec "$(VM) -memory 1G -timeout 24h -env SELECTIVE_KSM_VM=1 --" ./test/e2e -chaos.length $(1)
+	-exec "$(VM) -memory 1G -timeout $(2) -env SELECTIVE_KSM_VM=1 --" ./test/e2e -chaos.length $(1)
 SOAK := 1h
 
 attack = mkdir -p build/attack && go test -count=1 -v -exec "$(call vm,$(1)) -rw $(CURDIR)/build/attack -env SELECTIVE_KSM_VM=1 --" \
@@ -90,7 +90,7 @@ test-vm: packages kernel tools programs image manifests build/bin/selective-ksm 
 	SELECTIVE_KSM_KERNEL=$(CURDIR)/$(KERNEL) go test -count=1 -p 1 -timeout 30m ./test/vm/...
 	go test -count=1 -p 1 -timeout 50m -skip '$(HOSTED)|TestChaos' -exec "$(VM) -timeout 45m -env SELECTIVE_KSM_VM=1 --" \
 		./engine/... ./test/bench ./test/kernel ./test/pages ./test/e2e/...
-	$(call soak,10m)
+	$(call soak,10m,40m)
 	$(call attack,selective-ksm)
 	$(MAKE) demo
 
@@ -123,7 +123,7 @@ test-hooks: packages kernel tools build/bin/selective-ksm build/bin/workload bui
 
 .PHONY: soak
 soak: packages kernel tools build/bin/selective-ksm build/bin/workload build/bin/vm
-	$(call soak,$(SOAK))
+	$(call soak,$(SOAK),24h)
 
 # On both kernels; prints what came of it, and writes it to build/attack.
 .PHONY: attack

@@ -1,12 +1,15 @@
 package e2e_test
 
 import (
+	"errors"
 	"fmt"
+	"math"
 	"os"
 	"slices"
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/selective-ksm/selective-ksm/test/e2e/plugin"
 )
@@ -23,30 +26,35 @@ type footprint struct {
 // growth are looks at one plugin that has the same to do each time.
 type growth []footprint
 
+// fewest is how many looks it takes to tell growth from a start.
+const fewest = 8
+
 // measure looks at a plugin for long enough to see it between two merges.
 func measure(t *testing.T, p *plugin.Process) footprint {
 	t.Helper()
-	const looks = 5
-	var all []footprint
+	const looks, pause = 5, 400 * time.Millisecond
+	least := footprint{math.MaxInt, math.MaxInt, math.MaxInt}
 	for range looks {
-		all = append(all, footprint{goroutines(t), descriptors(t, p.PID()), ownMemory(t, p.PID())})
+		least.goroutines = min(least.goroutines, goroutines(t))
+		least.descriptors = min(least.descriptors, descriptors(t, p.PID()))
+		least.memory = min(least.memory, ownMemory(t, p.PID()))
+		sleep(t.Context(), pause)
 	}
-	least := func(of func(footprint) int) int {
-		return of(slices.MinFunc(all, func(a, b footprint) int { return of(a) - of(b) }))
-	}
-	return footprint{
-		goroutines:  least(func(f footprint) int { return f.goroutines }),
-		descriptors: least(func(f footprint) int { return f.descriptors }),
-		memory:      least(func(f footprint) int { return f.memory }),
-	}
+	return least
 }
 
-// want fails the test if all looks of the second half have found more than any of the
-// first: what is kept of each time adds up. A heap comes to its size only after a while.
-func (g growth) want(t *testing.T) {
-	t.Helper()
+// check returns an error if the last quarter of the looks has found more than the second,
+// whichever of each are compared: what is kept of each time adds up. In the first a plugin
+// may still become warm.
+func (g growth) check() error {
+	if len(g) < fewest {
+		return fmt.Errorf("%d looks are too few, of %d", len(g), fewest)
+	}
+	// A heap is of a size with some play.
 	const heap = 1.2
-	first, second := g[:len(g)/2], g[len(g)/2:]
+	quarter := len(g) / 4
+	before, after := g[quarter:2*quarter], g[len(g)-quarter:]
+	var errs []error
 	for _, what := range []struct {
 		name  string
 		of    func(footprint) int
@@ -57,11 +65,39 @@ func (g growth) want(t *testing.T) {
 		{"KiB of memory", func(f footprint) int { return f.memory }, heap},
 	} {
 		order := func(a, b footprint) int { return what.of(a) - what.of(b) }
-		most, least := what.of(slices.MaxFunc(first, order)), what.of(slices.MinFunc(second, order))
-		t.Logf("the plugin had up to %d %s, and at least %d in the second half of %d looks", most, what.name, least, len(g))
+		most, least := what.of(slices.MaxFunc(before, order)), what.of(slices.MinFunc(after, order))
 		if float64(least) > float64(most)*what.slack {
-			t.Errorf("the plugin has grown: %d %s, %d at most before", least, what.name, most)
+			errs = append(errs, fmt.Errorf("%d %s, and at most %d before", least, what.name, most))
 		}
+	}
+	return errors.Join(errs...)
+}
+
+// What is kept is found, and what comes and goes is not.
+func TestGrowth(t *testing.T) {
+	for name, tc := range map[string]struct {
+		at    func(look int) footprint
+		grows bool
+	}{
+		"steady":          {func(int) footprint { return footprint{31, 16, 6000} }, false},
+		"becomes warm":    {func(i int) footprint { return footprint{31, 16, 6000 + 500*min(i, 3)} }, false},
+		"comes and goes":  {func(i int) footprint { return footprint{31 + i%2, 16 + i%3, 6000 + 200*(i%2)} }, false},
+		"keeps goroutine": {func(i int) footprint { return footprint{31 + i, 16, 6000} }, true},
+		"every other one": {func(i int) footprint { return footprint{31, 16 + i/2, 6000} }, true},
+		"keeps memory":    {func(i int) footprint { return footprint{31, 16, 6000 + 700*i} }, true},
+	} {
+		for _, looks := range []int{fewest, 45} {
+			var g growth
+			for i := range looks {
+				g = append(g, tc.at(i))
+			}
+			if err := g.check(); (err != nil) != tc.grows {
+				t.Errorf("%s, %d looks: %v", name, looks, err)
+			}
+		}
+	}
+	if err := make(growth, fewest-1).check(); err == nil {
+		t.Error("a few looks tell enough")
 	}
 }
 

@@ -3,6 +3,7 @@ package e2e_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"regexp"
 	"strconv"
@@ -15,15 +16,12 @@ import (
 	"github.com/selective-ksm/selective-ksm/test/kernel/swap"
 )
 
-// makeSwap gives the VM a swap.
-var makeSwap = sync.OnceValue(swap.Make)
-
 // press has the machine run short of memory again and again, until the test ends: it takes
 // what is available, and more for which the kernel has to swap. It returns what tells for
 // how long something has waited for memory so far.
 func press(t *testing.T) (stalled func() time.Duration) {
 	t.Helper()
-	if err := makeSwap(); err != nil {
+	if err := swap.Make(); err != nil {
 		t.Fatal(err)
 	}
 	ctx, cancel := context.WithCancel(t.Context())
@@ -47,25 +45,25 @@ func press(t *testing.T) (stalled func() time.Duration) {
 // squeeze does so once. It leaves enough for the kernel not to have to kill a process.
 func squeeze(ctx context.Context) (err error) {
 	const (
-		step    = 4 << 20
-		spare   = 96 << 10 // KiB of swap
-		pause   = 10 * time.Millisecond
-		between = 5 * time.Second
+		step  = 4 << 20
+		pause = 10 * time.Millisecond
+		held  = 5 * time.Second
+		// Of the swap, in KiB: what is to be used, and what has to stay.
+		use, spare = 96 << 10, 32 << 10
 	)
+	free := func() (int, error) { return fields("/proc/meminfo", "SwapFree") }
+	left, err := free()
+	if err != nil {
+		return err
+	}
+	until := max(left-use, spare)
 	var taken [][]byte
 	defer func() {
 		for _, m := range taken {
 			err = errors.Join(err, unix.Munmap(m))
 		}
 	}()
-	for ctx.Err() == nil {
-		left, err := fields("/proc/meminfo", "SwapFree")
-		if err != nil {
-			return err
-		}
-		if left <= spare {
-			break
-		}
+	for ctx.Err() == nil && left > until {
 		m, err := unix.Mmap(-1, 0, step, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
 		if err != nil {
 			return err
@@ -75,8 +73,14 @@ func squeeze(ctx context.Context) (err error) {
 			m[at] = 1
 		}
 		sleep(ctx, pause)
+		if left, err = free(); err != nil {
+			return err
+		}
 	}
-	sleep(ctx, between)
+	if len(taken) == 0 && ctx.Err() == nil {
+		return fmt.Errorf("no memory to be short of: %d KiB of swap are left", left)
+	}
+	sleep(ctx, held)
 	return nil
 }
 

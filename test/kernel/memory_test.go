@@ -8,7 +8,6 @@ import (
 	"math/rand/v2"
 	"os"
 	"slices"
-	"sync"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -79,14 +78,12 @@ func TestCandidatesGoWithTheirPages(t *testing.T) {
 	}
 }
 
-var makeSwap = sync.OnceValue(swap.Make)
-
 // Merged pages that were swapped out come back as they were, and into the same
 // partition.
 func TestSwap(t *testing.T) {
 	const n = 1024
 	needsKernel(t)
-	if err := makeSwap(); err != nil {
+	if err := swap.Make(); err != nil {
 		t.Fatal(err)
 	}
 	a, b := partition(t, "a"), partition(t, "b")
@@ -382,7 +379,7 @@ func TestHugePages(t *testing.T) {
 // say, the partitions have no page in common, and no data changes.
 func TestCountersAfterAnySequence(t *testing.T) {
 	wantFeature(t, addProcess)
-	if err := makeSwap(); err != nil {
+	if err := swap.Make(); err != nil {
 		t.Fatal(err)
 	}
 	const n, distinct, steps, sequences = 192, 48, 60, 6

@@ -4,6 +4,7 @@ package swap
 import (
 	"fmt"
 	"os/exec"
+	"sync"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -13,8 +14,8 @@ import (
 
 const device = "/dev/zram0"
 
-// Make makes the swap, once in the life of a VM, and turns it on.
-func Make() error {
+// Make makes the swap, and turns it on, the first time that it is called.
+var Make = sync.OnceValue(func() error {
 	if err := ksm.WriteFile("/sys/block/zram0/disksize", []byte("256M")); err != nil {
 		return err
 	}
@@ -22,7 +23,7 @@ func Make() error {
 		return fmt.Errorf("mkswap: %w: %s", err, out)
 	}
 	return On()
-}
+})
 
 // On turns the swap on.
 func On() error { return toggle("swapon", unix.SYS_SWAPON) }
