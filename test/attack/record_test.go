@@ -264,7 +264,9 @@ func TestReadme(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if !strings.Contains(string(readme), "```\n"+r.table()+"```\n") {
-		t.Errorf("the README has not this table:\n%s", r.table())
+	for _, want := range []string{"```\n" + r.table() + "```\n", fmt.Sprintf("|z| is above %.2f ", r.Limit)} {
+		if !strings.Contains(string(readme), want) {
+			t.Errorf("the README has not this:\n%s", want)
+		}
 	}
 }
