@@ -63,15 +63,39 @@ func (a *answers) Fire(e *logrus.Entry) error {
 	return nil
 }
 
+// slow is a kernel that takes longer than a container's creation may.
+type slow struct{ prompt }
+
+func (slow) AddPartition(string) error {
+	time.Sleep(4 * addTimeout)
+	return nil
+}
+
 // BenchmarkAnswers has the runtime's half of NRI tell the plugin of pods that all start
 // at once, and then end. It fails if an answer takes longer than it may.
 func BenchmarkAnswers(b *testing.B) {
+	wrapper := config.Default()
+	wrapper.OptIn, wrapper.Wrapper = config.OptInWrapper, static(b)
+	for _, tc := range []struct {
+		name   string
+		kernel kernel.Kernel
+		config config.Config
+	}{
+		{"outside", prompt{}, config.Default()},
+		{"wrapper", prompt{}, wrapper},
+		{"slow", slow{}, config.Default()},
+	} {
+		b.Run(tc.name, func(b *testing.B) { answer(b, tc.kernel, tc.config) })
+	}
+}
+
+func answer(b *testing.B, k kernel.Kernel, c config.Config) {
 	heard := &answers{}
 	log := logrus.New()
 	log.SetLevel(logrus.DebugLevel)
 	log.SetFormatter(silence{})
 	log.AddHook(heard)
-	e := engine.New(engine.Options{Kernel: prompt{}, Owned: config.Owned, Log: log})
+	e := engine.New(engine.Options{Kernel: k, Owned: config.Owned, Log: log})
 	ctx, cancel := context.WithCancel(b.Context())
 	var running sync.WaitGroup
 	defer running.Wait()
@@ -81,7 +105,6 @@ func BenchmarkAnswers(b *testing.B) {
 	dir := b.TempDir()
 	r := startRuntime(b, dir, nil, nil)
 	defer r.Stop()
-	c := config.Default()
 	running.Go(func() {
 		o := Options{Name: "selective-ksm", Index: "90", Socket: filepath.Join(dir, "nri.sock"), Config: &c, Dir: own(dir), Engine: e, Log: log}
 		if err := Run(ctx, o); err != nil {

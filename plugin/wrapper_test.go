@@ -18,7 +18,7 @@ import (
 
 // static writes a file that is a wrapper as far as anybody can see who does not
 // run it.
-func static(t *testing.T) (path string) {
+func static(t testing.TB) (path string) {
 	t.Helper()
 	var header bytes.Buffer
 	if err := binary.Write(&header, binary.LittleEndian, elf.Header64{
