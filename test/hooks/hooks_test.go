@@ -671,6 +671,9 @@ func TestFailures(t *testing.T) {
 			t.Errorf("status %d after %v, and it says\n\t%s", status, took, line)
 		}
 		end()
+		if status, line, _ := hook(t, state, "poststop", "-config", n.config, "-strict"); status != 0 {
+			t.Errorf("poststop: status %d, and it says\n\t%s", status, line)
+		}
 		n.clean(t)
 	})
 	t.Run("left out", func(t *testing.T) {

@@ -2,16 +2,11 @@ package hooks
 
 import (
 	"context"
-	"encoding/json"
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
-	"strings"
 	"testing"
-
-	"github.com/opencontainers/runtime-spec/specs-go"
 
 	"github.com/selective-ksm/selective-ksm/engine"
 	"github.com/selective-ksm/selective-ksm/engine/control"
@@ -21,8 +16,8 @@ import (
 	"github.com/selective-ksm/selective-ksm/test/missing"
 )
 
-// Where NRI and hooks tell of the same container, it is handled once, and those that
-// hooks alone tell of stay when the plugin connects again.
+// Where NRI and hooks are both installed, and tell of the same container, it is handled
+// once, and those that hooks alone tell of stay when the plugin connects again.
 func TestNRI(t *testing.T) {
 	n := newNode(t)
 	if n.mainline {
@@ -33,7 +28,9 @@ func TestNRI(t *testing.T) {
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), 5*patience)
 	defer cancel()
-	containerd, err := cri.Start(ctx, cri.Built("../../build"))
+	built := cri.Built("../../build")
+	built.Hooks = installed(t, n.hooks)
+	containerd, err := cri.Start(ctx, built)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -66,26 +63,6 @@ func TestNRI(t *testing.T) {
 	seen = append(seen, web.PID)
 
 	r := &bundles{hooks: n.hooks, control: n.control, runtime: "runc"}
-	bundle := write(t, r.config(t, "/", "", nil))
-	// As containerd's runtime calls the hooks of a bundle.
-	hook := func(stage string) {
-		t.Helper()
-		state, err := json.Marshal(specs.State{
-			Version: "1.0.2", ID: web.ID, Pid: web.PID, Bundle: bundle, Annotations: map[string]string{
-				"io.kubernetes.cri.sandbox-id": pod.ID, "io.kubernetes.cri.container-name": "hooks",
-			},
-		})
-		if err != nil {
-			t.Fatal(err)
-		}
-		cmd := exec.Command(product, "hook", stage, "-config", n.config, "-deadline", "8s", "-strict")
-		cmd.Stdin = strings.NewReader(string(state))
-		if out, err := cmd.CombinedOutput(); err != nil {
-			t.Errorf("%s: %v: %s", stage, err, out)
-		}
-	}
-	hook("createRuntime")
-	hook("poststart")
 	n.run(t, r, "hooks-a", "hooks-bank")
 
 	// has waits until the engine has each container once, as who told of it first does.
@@ -129,7 +106,6 @@ func TestNRI(t *testing.T) {
 	if err := pod.Remove(ctx); err != nil {
 		t.Error(err)
 	}
-	hook("poststop")
 	has("hooks-bank/")
 	r.stop(t, "hooks-a", true)
 	n.clean(t)

@@ -192,13 +192,22 @@ func (b *bundles) config(t testing.TB, root, pod string, args []string) specs.Sp
 			{Destination: b.control, Type: "bind", Source: b.control, Options: []string{"bind", "rw"}},
 		},
 		Linux: &specs.Linux{Namespaces: []specs.LinuxNamespace{{Type: specs.PIDNamespace}, {Type: specs.MountNamespace}}},
-		Hooks: &specs.Hooks{},
+		Hooks: installed(t, b.hooks),
 	}
 	if pod != "" {
 		s.Annotations = map[string]string{"io.kubernetes.cri.sandbox-id": pod, "io.kubernetes.cri.sandbox-name": pod}
 	}
-	for _, stage := range []string{"createruntime", "poststart", "poststop"} {
-		data, err := os.ReadFile(filepath.Join(b.hooks, "90-selective-ksm-"+stage+".json"))
+	return s
+}
+
+// installed are the hooks of a directory, as a bundle has them.
+func installed(t testing.TB, dir string) *specs.Hooks {
+	t.Helper()
+	hooks := &specs.Hooks{}
+	for stage, of := range map[string]*[]specs.Hook{
+		"createruntime": &hooks.CreateRuntime, "poststart": &hooks.Poststart, "poststop": &hooks.Poststop,
+	} {
+		data, err := os.ReadFile(filepath.Join(dir, "90-selective-ksm-"+stage+".json"))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -206,16 +215,9 @@ func (b *bundles) config(t testing.TB, root, pod string, args []string) specs.Sp
 		if err := json.Unmarshal(data, &h); err != nil {
 			t.Fatal(err)
 		}
-		switch stage {
-		case "createruntime":
-			s.Hooks.CreateRuntime = append(s.Hooks.CreateRuntime, h.Hook)
-		case "poststart":
-			s.Hooks.Poststart = append(s.Hooks.Poststart, h.Hook)
-		case "poststop":
-			s.Hooks.Poststop = append(s.Hooks.Poststop, h.Hook)
-		}
+		*of = append(*of, h.Hook)
 	}
-	return s
+	return hooks
 }
 
 func (b *bundles) start(t testing.TB, name, pod string, args ...string) string {

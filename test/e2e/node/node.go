@@ -7,6 +7,7 @@ package node
 import (
 	"bufio"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -21,6 +22,7 @@ import (
 	"time"
 
 	"github.com/containerd/nri/pkg/api"
+	"github.com/opencontainers/runtime-spec/specs-go"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/credentials/insecure"
@@ -41,6 +43,8 @@ type Config struct {
 	// PluginTimeout is how long a plugin may take to answer before containerd
 	// disconnects it. Zero is ten times the usual, as the other time limits.
 	PluginTimeout time.Duration
+	// Hooks, if not nil, are those of all containers' bundles, pause's included.
+	Hooks *specs.Hooks
 	// Under, if not empty, is a command that becomes containerd when it is given that as
 	// further arguments.
 	Under []string
@@ -99,6 +103,9 @@ disabled_plugins = ['io.containerd.internal.v1.opt']
 
 [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc]
   runtime_type = 'io.containerd.runc.v2'
+{{- if .Hooks}}
+  base_runtime_spec = '{{.Dir}}/base.json'
+{{- end}}
   [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc.options]
     Root = '{{.Dir}}/runc'
 
@@ -233,8 +240,14 @@ func (n *Node) configure(c Config) error {
 	if err := configTemplate.Execute(&text, struct {
 		Dir           string
 		PluginTimeout time.Duration
-	}{n.dir, timeout}); err != nil {
+		Hooks         bool
+	}{n.dir, timeout, c.Hooks != nil}); err != nil {
 		return fmt.Errorf("write configuration: %w", err)
+	}
+	if c.Hooks != nil {
+		if err := n.base(c.Hooks); err != nil {
+			return err
+		}
 	}
 	if err := os.WriteFile(own, []byte(text.String()), 0o644); err != nil {
 		return err
@@ -246,6 +259,24 @@ func (n *Node) configure(c Config) error {
 		return err
 	}
 	return copyProgram(n.Path("plugins/"+c.PluginName), c.Plugin)
+}
+
+// base writes what containerd makes all containers' configurations of: its own, with hooks.
+func (n *Node) base(hooks *specs.Hooks) error {
+	out, err := exec.Command(filepath.Join(n.tools, "ctr"), "oci", "spec").Output()
+	if err != nil {
+		return fmt.Errorf("ctr oci spec: %w", err)
+	}
+	var spec specs.Spec
+	if err := json.Unmarshal(out, &spec); err != nil {
+		return fmt.Errorf("ctr oci spec: %w", err)
+	}
+	spec.Hooks = hooks
+	data, err := json.Marshal(spec)
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(n.Path("base.json"), data, 0o644)
 }
 
 func copyProgram(to, from string) error {
