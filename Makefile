@@ -43,9 +43,10 @@ STRESS_VM := $(call vm,debug) -append 'slab_nomerge numa=fake=2' -timeout 24h -e
 stress = go test -count=1 -v -timeout 0 -exec "$(STRESS_VM) --" ./test/kernel/stress -length $(1)
 STRESS := 10m
 
-# For so long, within so long. With so little memory, it runs short.
+# For so long, within so long. With so little memory it runs short, and the kernel may be
+# at one thing for long where it is emulated.
 soak = go test -count=1 -v -timeout 0 -run '^TestChaos$$' \
-	-exec "$(VM) -memory 1G -timeout $(2) -env SELECTIVE_KSM_VM=1 --" ./test/e2e -chaos.length $(1)
+	-exec "$(VM) -memory 1G -append 'rcupdate.rcu_cpu_stall_timeout=120' -timeout $(2) -env SELECTIVE_KSM_VM=1 --" ./test/e2e -chaos.length $(1)
 SOAK := 1h
 
 attack = mkdir -p build/attack && go test -count=1 -v -exec "$(call vm,$(1)) -rw $(CURDIR)/build/attack -env SELECTIVE_KSM_VM=1 --" \
