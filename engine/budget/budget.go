@@ -160,22 +160,26 @@ func (b *Budget) done(partition string, spent time.Duration) {
 }
 
 // grant gives turns to those who waited longest, as long as there is something left
-// for them, and sees to it that it is called again when there will be. b.mu is held.
+// for them, and sees to it that it is called again when there will be. It comes with each
+// turn, and there may be as many who wait as there are partitions. b.mu is held.
 func (b *Budget) grant() {
 	now := time.Now()
 	again := time.Duration(math.MaxInt64)
-	b.waiting = slices.DeleteFunc(b.waiting, func(t *turn) bool {
-		if wait := b.left(now, t.partition); wait > 0 {
-			again = min(again, wait)
-			return false
+	if wait := b.total.until(now, b.limits.Window, b.limits.total()); wait > 0 && len(b.waiting) > 0 {
+		again = wait
+	} else {
+		for i := 0; i < len(b.waiting) && b.running < max(1, b.limits.Workers); {
+			t := b.waiting[i]
+			if wait := b.of(t.partition).until(now, b.limits.Window, b.limits.partition()); wait > 0 {
+				again = min(again, wait)
+				i++
+				continue
+			}
+			b.waiting = slices.Delete(b.waiting, i, i+1)
+			b.running++
+			close(t.granted)
 		}
-		if b.running >= max(1, b.limits.Workers) {
-			return false // until another turn ends
-		}
-		b.running++
-		close(t.granted)
-		return true
-	})
+	}
 	if b.timer != nil {
 		b.timer.Stop()
 		b.timer = nil
@@ -187,13 +191,6 @@ func (b *Budget) grant() {
 			b.grant()
 		})
 	}
-}
-
-// left is how long it takes until there is something left for a partition; 0 if
-// there is. b.mu is held.
-func (b *Budget) left(now time.Time, partition string) time.Duration {
-	return max(b.total.until(now, b.limits.Window, b.limits.total()),
-		b.of(partition).until(now, b.limits.Window, b.limits.partition()))
 }
 
 // of returns a partition's window. b.mu is held.
@@ -260,6 +257,9 @@ func (w *window) spent(now time.Time, length, limit time.Duration) (sum time.Dur
 
 // until is how long it takes until less than limit counts.
 func (w *window) until(now time.Time, length, limit time.Duration) time.Duration {
+	if w.spent(now, length, limit) < limit {
+		return 0
+	}
 	var ends []time.Time
 	for _, s := range w.spends {
 		ends = append(ends, s.end(length, limit))
