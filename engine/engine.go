@@ -149,6 +149,7 @@ type Engine struct {
 	ctx        context.Context // of Run; nil before and after it
 	partitions map[string]*partition
 	members    map[string]*member   // by the container's id
+	waiting    map[string]*member   // those that are created and not started, by their ids
 	departed   map[string][]*member // those whose memory may be where they left, by their ids
 	outside    map[string]Container // those in no partition, by their ids
 	settings   Settings
@@ -203,6 +204,7 @@ func New(o Options) *Engine {
 		began:      time.Now(),
 		partitions: map[string]*partition{},
 		members:    map[string]*member{},
+		waiting:    map[string]*member{},
 		departed:   map[string][]*member{},
 		outside:    map[string]Container{},
 		settings:   o.Settings,
@@ -476,7 +478,7 @@ func (e *Engine) join(c Container) *partition {
 		m.before = append(m.before, was.left)
 	}
 	m.ctx, m.leave = context.WithCancel(context.Background())
-	e.members[c.ID], p.members[c.ID] = m, m
+	e.members[c.ID], p.members[c.ID], e.waiting[c.ID] = m, m, m
 	p.poke()
 	return p
 }
@@ -489,6 +491,7 @@ func (e *Engine) start(id string) {
 	}
 	p := m.partition
 	m.started = time.Now()
+	delete(e.waiting, id)
 	e.watch(m)
 	p.poke()
 	if m.OnDemand {
@@ -513,6 +516,7 @@ func (e *Engine) stop(id string) {
 	m.leave()
 	p := m.partition
 	delete(e.members, id)
+	delete(e.waiting, id)
 	delete(p.members, id)
 	p.leaving = append(p.leaving, m)
 	e.departed[id] = append(e.departed[id], m)

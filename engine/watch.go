@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"io/fs"
+	"maps"
 	"slices"
 	"time"
 )
@@ -97,12 +98,7 @@ func (e *Engine) sweep(ctx context.Context) {
 			return
 		}
 		e.mu.Lock()
-		var waiting []*member
-		for _, m := range e.members {
-			if m.started.IsZero() {
-				waiting = append(waiting, m)
-			}
-		}
+		waiting := slices.Collect(maps.Values(e.waiting))
 		e.mu.Unlock()
 		for _, m := range waiting {
 			err := e.host.exists(m.CgroupsPath)
