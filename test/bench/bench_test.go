@@ -167,22 +167,24 @@ PASS
 	}
 }
 
-// The README's table is that of the run whose results are in testdata.
+// The README's tables are those of the runs whose results are in testdata.
 func TestReadme(t *testing.T) {
-	report, err := result.Read("testdata/results.json")
-	if err != nil {
-		t.Fatal(err)
-	}
-	var table strings.Builder
-	if err := report.Table(&table, figuresOf(report.Quick), true); err != nil {
-		t.Fatal(err)
-	}
 	readme, err := os.ReadFile("../../README.md")
 	if err != nil {
 		t.Fatal(err)
 	}
-	if !strings.Contains(string(readme), "```\n"+table.String()+"```\n") {
-		t.Errorf("the README has not this table:\n%s", table.String())
+	for _, name := range []string{"results.json", "node.json"} {
+		report, err := result.Read(filepath.Join("testdata", name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		var table strings.Builder
+		if err := report.Table(&table, figuresOf(report.Quick), true); err != nil {
+			t.Fatal(err)
+		}
+		if !strings.Contains(string(readme), "```\n"+table.String()+"```\n") {
+			t.Errorf("the README has not this table:\n%s", table.String())
+		}
 	}
 }
 

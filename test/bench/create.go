@@ -29,7 +29,7 @@ const (
 // runtime measures what a container's creation and start take of containerd's time, with
 // our plugin and with one that hears of the same and does nothing, in turn.
 func (g *guest) runtime(ctx context.Context) (err error) {
-	const timeout = 8 * time.Minute
+	const timeout = 20 * time.Minute
 	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
 	n, err := node.Start(ctx, node.Built(filepath.Dir(g.bin)))

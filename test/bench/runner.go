@@ -138,6 +138,9 @@ var goBenchmarks = []struct {
 	{"./engine", "Round", "1s", map[string]result.Sample{
 		"Round ns/op": {Figure: "round", Case: "1,000 containers", Variant: product, Value: 1e-6},
 	}},
+	{"./engine", "Idle", "1x", map[string]result.Sample{
+		"Idle %-of-a-CPU": {Figure: "idle", Case: "1,000 containers", Variant: product, Value: 1},
+	}},
 	{"./plugin", "Answers", "20x", map[string]result.Sample{
 		"Answers/outside ms/slowest": {Figure: "answer", Case: "20 pods at once", Variant: product, Value: 1},
 		"Answers/wrapper ms/slowest": {Figure: "answer", Case: "... with the wrapper", Variant: product, Value: 1},
