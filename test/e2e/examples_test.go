@@ -316,7 +316,11 @@ func TestExamplePods(t *testing.T) {
 			}
 			removeAfter(t, pod)
 			for _, name := range p.Containers {
-				c, err := pod.Start(deadline(t), node.ContainerConfig{Name: name, MiB: 8, Seed: 1, Repeat: true})
+				c, err := pod.Start(deadline(t), node.ContainerConfig{
+					Name: name, MiB: 8, Seed: 1, Repeat: true,
+					// Such data is merged by the annotation only.
+					Secret: p.Annotations["include-secrets.selective-ksm.dev"] == "true",
+				})
 				if err != nil {
 					t.Fatal(err)
 				}

@@ -113,6 +113,48 @@ func wantPartitions(t *testing.T, all []governed) {
 	}
 }
 
+// What programs have marked as secret is merged where an annotation says so, and nowhere
+// else.
+func TestSecrets(t *testing.T) {
+	n := sharedNode(t)
+	p := startPlugin(t, n, once)
+	shared := map[string]bool{"kept": false, "given": true}
+	for name, given := range shared {
+		config := node.PodConfig{Name: name}
+		if given {
+			config.Annotations = map[string]string{"include-secrets.selective-ksm.dev": "true"}
+		}
+		pod, err := n.RunPodWith(deadline(t), config)
+		if err != nil {
+			t.Fatal(err)
+		}
+		removeAfter(t, pod)
+		one := tenant{Pod: pod}
+		for _, container := range []string{"web", "worker"} {
+			c, err := pod.Start(deadline(t), node.ContainerConfig{Name: container, MiB: 8, Seed: 1, Secret: true})
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { c.Close() })
+			one.containers = append(one.containers, c)
+		}
+		// That of the start may have come before the memory was filled.
+		if out, err := exec.CommandContext(deadline(t), program, "merge", partition.OfPod(pod.ID)).CombinedOutput(); err != nil {
+			t.Fatalf("merge: %v\n%s", err, out)
+		}
+		merged(t, p, one.ready(), one.containers...)
+		together, all := common(t, one.containers[0], one.containers[1])
+		if given && together*100 < all*least || !given && together > 0 {
+			t.Errorf("%s: %d of %d secret pages are shared", name, together, all)
+		}
+		unchanged(t, one.containers...)
+		if err := pod.Remove(deadline(t)); err != nil {
+			t.Error(err)
+		}
+	}
+	noPartitions(t)
+}
+
 // Who is merged with whom, by the configuration and by annotations, among them those
 // that ask for the group of another namespace.
 func TestPolicy(t *testing.T) {

@@ -27,6 +27,7 @@ func main() {
 		dir    = flag.String("control", "", "directory of the test's socket; without it, only wait")
 		size   = flag.Int("size", 64, "MiB of data")
 		repeat = flag.Bool("repeat", false, "hold all data twice, in a first and a second half")
+		secret = flag.Bool("secret", false, "mark the data as secret")
 		seed   = flag.Uint64("seed", 1, "what the data is made from: the same seed, the same data")
 	)
 	tells := flag.Bool("report", false, "tell what the process sees of itself")
@@ -52,7 +53,7 @@ func main() {
 		if *repeat {
 			distinct = pages / 2
 		}
-		if err := serve(ctx, *dir, pages, distinct, *seed); err != nil {
+		if err := serve(ctx, *dir, pages, distinct, *seed, *secret); err != nil {
 			fmt.Fprintln(os.Stderr, "workload:", err)
 			os.Exit(1)
 		}
@@ -75,10 +76,15 @@ func tell(status int, sent syscall.Signal) error {
 }
 
 // serve returns nil when the test has no more requests.
-func serve(ctx context.Context, dir string, pages, distinct int, seed uint64) error {
+func serve(ctx context.Context, dir string, pages, distinct int, seed uint64, secret bool) error {
 	data, err := memory.Map(pages, distinct, seed)
 	if err != nil {
 		return err
+	}
+	if secret {
+		if err := data.Secret(); err != nil {
+			return err
+		}
 	}
 	var hello control.Hello
 	hello.Start, hello.End = data.Range()

@@ -118,6 +118,8 @@ type ContainerConfig struct {
 	Seed uint64
 	// Repeat makes the second half of the data equal to the first.
 	Repeat bool
+	// Secret marks the data as secret.
+	Secret bool
 	// User is who its program runs as.
 	User int64
 	// SeccompProfile, if not empty, is the path of the profile to run under, or
@@ -183,7 +185,7 @@ func (p *Pod) Start(ctx context.Context, c ContainerConfig) (_ *Container, err e
 		Config: &runtime.ContainerConfig{
 			Metadata: &runtime.ContainerMetadata{Name: c.Name},
 			Image:    &runtime.ImageSpec{Image: Image},
-			Args:     []string{"-control", inside, "-size", strconv.Itoa(c.MiB), "-seed", strconv.FormatUint(c.Seed, 10), "-repeat=" + strconv.FormatBool(c.Repeat)},
+			Args:     []string{"-control", inside, "-size", strconv.Itoa(c.MiB), "-seed", strconv.FormatUint(c.Seed, 10), "-repeat=" + strconv.FormatBool(c.Repeat), "-secret=" + strconv.FormatBool(c.Secret)},
 			Mounts:   []*runtime.Mount{{HostPath: dir, ContainerPath: inside}},
 			LogPath:  p.log(c.Name),
 			Linux:    &runtime.LinuxContainerConfig{SecurityContext: security},

@@ -49,6 +49,14 @@ func Map(pages, distinct int, seed uint64) (*Region, error) {
 	return r, nil
 }
 
+// Secret marks the region as one that holds secrets, as cryptographic libraries do.
+func (r *Region) Secret() error {
+	if err := unix.Madvise(r.data, unix.MADV_DONTDUMP); err != nil {
+		return fmt.Errorf("mark as secret: %w", err)
+	}
+	return nil
+}
+
 // Close unmaps the region.
 func (r *Region) Close() error {
 	if err := unix.Munmap(r.data); err != nil {
