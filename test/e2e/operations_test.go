@@ -231,7 +231,7 @@ func TestOperations(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	wantWords(t, string(html), "default/shop/web", "namespace", "Time to merge")
+	wantWords(t, string(html), "default/shop/", "namespace", "Time to merge")
 	if info, err := os.Stat(filepath.Join(dir, "page.html")); err != nil || info.Mode().Perm() != 0o600 {
 		t.Errorf("the page is %v, %v", info.Mode(), err)
 	}
