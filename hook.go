@@ -86,7 +86,7 @@ func runHook(args []string) error {
 		return runWorker(args[1:])
 	}
 	stage := hooks.Stage(args[0])
-	strict, err := runSafely(stage, args[1:])
+	strict, err := runStage(stage, args[1:])
 	if err == nil || errors.Is(err, flag.ErrHelp) {
 		return err
 	}
@@ -109,19 +109,14 @@ func failed(err error, strict bool) int {
 	return 0
 }
 
-// runSafely is runStage, for which a mistake of ours is one failure more: a program that
-// panics fails the container.
-func runSafely(stage hooks.Stage, args []string) (strict bool, err error) {
+// runStage is a hook. It reports whether a failure is to be the container's.
+func runStage(stage hooks.Stage, args []string) (strict bool, err error) {
+	// A program that panics fails the container.
 	defer func() {
 		if p := recover(); p != nil {
 			err = fmt.Errorf("panic: %v", p)
 		}
 	}()
-	return runStage(stage, args)
-}
-
-// runStage is a hook. It reports whether a failure is to be the container's.
-func runStage(stage hooks.Stage, args []string) (strict bool, err error) {
 	var path string
 	var deadline time.Duration
 	// The caller puts the stage before it, as before every error.

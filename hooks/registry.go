@@ -215,9 +215,6 @@ func (r *Registry) Use(policy config.Config) {
 // placed is a member with the partition that policy gives it now. One that it leaves out
 // is in none: a hook has said why, or whoever changed the policy knows. r.mu is held.
 func (r *Registry) placed(m member.Member) member.Member {
-	if m.Facts == nil {
-		return m
-	}
 	c, err := assign(r.policy, m.Container, m.Facts)
 	if err != nil {
 		r.log.WithError(err).WithField("container_id", m.ID).Debug("container is not merged")

@@ -43,19 +43,18 @@ func (p *plugin) Configure(_ context.Context, text, runtime, version string) (ap
 		return 0, nil
 	}
 	c, err := config.Parse([]byte(text))
-	var wrapper string
+	var wrapper kept
 	if err == nil {
 		wrapper, err = p.prepare(c)
 	}
 	if err == nil {
-		err = p.Apply(c)
+		err = p.apply(c, wrapper)
 	}
 	if err != nil {
 		err = fmt.Errorf("%w (%s %s): %w", ErrConfig, runtime, version, err)
 		p.change(func(s *state) { s.refused = err })
 		return 0, err
 	}
-	p.use(c, wrapper)
 	return 0, nil
 }
 

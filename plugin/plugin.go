@@ -100,10 +100,13 @@ func Run(ctx context.Context, o Options) error {
 	p := newPlugin(o)
 	if o.Config != nil {
 		wrapper, err := p.prepare(*o.Config)
+		if err == nil {
+			err = wrapper.place()
+		}
 		if err != nil {
 			return err
 		}
-		p.use(*o.Config, wrapper)
+		p.use(*o.Config, wrapper.path)
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	var reloading sync.WaitGroup
@@ -263,16 +266,28 @@ func (p *plugin) wraps(c config.Config) bool {
 }
 
 // prepare makes what a configuration asks for, and changes nothing yet. It returns
-// the path of the wrapper for containers, if they need one.
-func (p *plugin) prepare(c config.Config) (wrapper string, err error) {
+// the wrapper for containers, if they need one.
+func (p *plugin) prepare(c config.Config) (kept, error) {
 	if !p.wraps(c) {
-		return "", nil
+		return kept{}, nil
 	}
-	wrapper = cmp.Or(c.Wrapper, running)
+	wrapper := cmp.Or(c.Wrapper, running)
 	if err := optin.CheckBinary(wrapper); err != nil {
-		return "", err
+		return kept{}, err
 	}
 	return keepWrapper(p.Dir, wrapper)
+}
+
+// apply has everybody take a configuration that is prepared, or nobody.
+func (p *plugin) apply(c config.Config, wrapper kept) error {
+	if err := p.Apply(c); err != nil {
+		return errors.Join(err, wrapper.drop())
+	}
+	if err := wrapper.place(); err != nil {
+		return err
+	}
+	p.use(c, wrapper.path)
+	return nil
 }
 
 // use takes a configuration.

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"os"
 	"slices"
 	"strings"
 	"testing"
@@ -291,6 +292,7 @@ func TestReload(t *testing.T) {
 	said.expect(t, stays+"line 1: no")
 	bad := c
 	bad.LogFile = "/"
+	bad.OptIn, bad.Wrapper = config.OptInWrapper, static(t)
 	reload <- struct{}{}
 	loaded <- bad
 	said.expect(t, stays+"logFile: it is a directory")
@@ -300,6 +302,9 @@ func TestReload(t *testing.T) {
 	loaded <- bad
 	said.expect(t, stays+"wrapper: stat /nowhere: no such file or directory")
 	// What was refused has changed nothing.
+	if left, err := os.ReadDir(own(dir)); err != nil || len(left) > 0 {
+		t.Errorf("there are %v, %v", left, err)
+	}
 	r.create(t, ctr("newer", 0, "sh"))
 	expect(t, e, "apply pod", "add newer to sksm-ctr-804f51f71254c4081e37e7")
 }

@@ -18,10 +18,9 @@ func (p *plugin) reload() error {
 	}
 	p.turn.Lock()
 	defer p.turn.Unlock()
-	if err := p.Apply(c); err != nil {
+	if err := p.apply(c, wrapper); err != nil {
 		return err
 	}
-	p.use(c, wrapper)
 	p.askAgain()
 	if !p.get().synchronized {
 		// The runtime will tell of all containers.

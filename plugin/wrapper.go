@@ -14,18 +14,37 @@ import (
 	"github.com/selective-ksm/selective-ksm/engine/optin"
 )
 
-// keepWrapper copies the wrapper to a directory of our own, and returns the path
-// of the copy. The runtime mounts it when a container starts, long after we
-// named it, and a mount of what is not there fails the container: so it may not
-// depend on a file that an upgrade or a removal of the package takes away.
-func keepWrapper(dir, wrapper string) (path string, err error) {
+// kept is a copy of the wrapper that is not in its place yet. The zero value is none.
+type kept struct{ part, path string }
+
+// place puts the copy where containers get it from. Those that run keep the one they have.
+func (k kept) place() error {
+	if k.part == "" {
+		return nil
+	}
+	return os.Rename(k.part, k.path)
+}
+
+// drop removes a copy that is not to be placed.
+func (k kept) drop() error {
+	if k.part == "" {
+		return nil
+	}
+	return os.Remove(k.part)
+}
+
+// keepWrapper copies the wrapper to a directory of our own. The runtime mounts the
+// copy when a container starts, long after we named it, and a mount of what is not
+// there fails the container: so it may not depend on a file that an upgrade or a
+// removal of the package takes away.
+func keepWrapper(dir, wrapper string) (_ kept, err error) {
 	defer func() {
 		if err != nil {
 			err = fmt.Errorf("copy of the wrapper for containers: %w", err)
 		}
 	}()
 	if err := os.MkdirAll(dir, 0o755); err != nil {
-		return "", err
+		return kept{}, err
 	}
 	// One that was killed at this has left its part: nobody else does it at a time.
 	const part = ".optin-*"
@@ -34,28 +53,23 @@ func keepWrapper(dir, wrapper string) (path string, err error) {
 		err = errors.Join(err, os.Remove(path))
 	}
 	if err != nil {
-		return "", err
+		return kept{}, err
 	}
 	from, err := os.Open(wrapper)
 	if err != nil {
-		return "", err
+		return kept{}, err
 	}
 	defer from.Close()
 	to, err := os.CreateTemp(dir, part)
 	if err != nil {
-		return "", err
+		return kept{}, err
 	}
 	_, err = io.Copy(to, from)
-	err = errors.Join(err, to.Chmod(0o755), to.Close())
-	path = filepath.Join(dir, "optin")
-	if err == nil {
-		// Containers that run keep the one they have.
-		err = os.Rename(to.Name(), path)
+	k := kept{part: to.Name(), path: filepath.Join(dir, "optin")}
+	if err := errors.Join(err, to.Chmod(0o755), to.Close()); err != nil {
+		return kept{}, errors.Join(err, k.drop())
 	}
-	if err != nil {
-		return "", errors.Join(err, os.Remove(to.Name()))
-	}
-	return path, nil
+	return k, nil
 }
 
 // wrapperRuns tells why the wrapper might not run in a container where the

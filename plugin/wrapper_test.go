@@ -42,10 +42,14 @@ func TestKeepWrapper(t *testing.T) {
 		if err := os.WriteFile(wrapper, []byte(version), 0o700); err != nil {
 			t.Fatal(err)
 		}
-		path, err := keepWrapper(dir, wrapper)
+		k, err := keepWrapper(dir, wrapper)
 		if err != nil {
 			t.Fatal(err)
 		}
+		if err := k.place(); err != nil {
+			t.Fatal(err)
+		}
+		path := k.path
 		if err := os.Remove(wrapper); err != nil {
 			t.Fatal(err)
 		}
@@ -61,8 +65,13 @@ func TestKeepWrapper(t *testing.T) {
 	if err := errors.Join(os.WriteFile(filepath.Join(dir, ".optin-1"), []byte("par"), 0o600), os.WriteFile(wrapper, []byte("4"), 0o700)); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := keepWrapper(dir, wrapper); err != nil {
+	if k, err := keepWrapper(dir, wrapper); err != nil {
 		t.Error(err)
+	} else if err := k.drop(); err != nil {
+		t.Error(err)
+	}
+	if content, err := os.ReadFile(filepath.Join(dir, "optin")); err != nil || string(content) != "3" {
+		t.Errorf("after a copy that was dropped it holds %q, %v", content, err)
 	}
 	if err := os.Remove(wrapper); err != nil {
 		t.Fatal(err)
@@ -162,14 +171,17 @@ func TestWrapperOnNoexec(t *testing.T) {
 			t.Error(err)
 		}
 	})
-	wrapper, err := keepWrapper(dir, static(t))
+	k, err := keepWrapper(dir, static(t))
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := wrapperRuns(wrapper, &api.Container{}); err != nil {
+	if err := k.place(); err != nil {
+		t.Fatal(err)
+	}
+	if err := wrapperRuns(k.path, &api.Container{}); err != nil {
 		t.Errorf("without a user namespace: %v", err)
 	}
-	err = wrapperRuns(wrapper, &api.Container{Linux: &api.LinuxContainer{Namespaces: []*api.LinuxNamespace{{Type: "pid"}, {Type: "user"}}}})
+	err = wrapperRuns(k.path, &api.Container{Linux: &api.LinuxContainer{Namespaces: []*api.LinuxNamespace{{Type: "pid"}, {Type: "user"}}}})
 	if want := "it has a user namespace, in which nothing from " + dir + ", which is mounted noexec, can be executed"; err == nil || err.Error() != want {
 		t.Errorf("error is\n\t%v\nwant\n\t%s", err, want)
 	}

@@ -62,9 +62,10 @@ type request struct {
 }
 
 type reply struct {
-	Error  string  `json:"error,omitempty"`
-	Ending bool    `json:"ending,omitempty"`
-	Yields bool    `json:"yields,omitempty"`
+	Error  string `json:"error,omitempty"`
+	Ending bool   `json:"ending,omitempty"`
+	Yields bool   `json:"yields,omitempty"`
+	// Not by the name that it had in another form.
 	Report *Report `json:"status,omitempty"`
 }
 

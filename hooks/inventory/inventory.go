@@ -132,7 +132,7 @@ func told(all map[string]*Container, partitions []engine.PartitionStatus) {
 // cgroups bear other names.
 func written(all map[string]*Container, members []member.Member, runs func(*Container) bool) {
 	for _, m := range members {
-		if all[m.ID] != nil || m.Facts == nil {
+		if all[m.ID] != nil {
 			continue
 		}
 		c := &Container{

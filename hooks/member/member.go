@@ -45,8 +45,7 @@ type Facts struct {
 type Member struct {
 	// Container has the partition that policy gave it when it was created.
 	engine.Container
-	// Facts are nil in a file of a version that did not write them down.
-	Facts *Facts `json:"facts,omitempty"`
+	Facts *Facts `json:"facts"`
 	// PID is that of its first process. It means nothing once that has exited.
 	PID int `json:"pid"`
 	// Init is what that process executed when it was created: the runtime's program,
@@ -226,8 +225,8 @@ func (d *Dir) read(path string) (Member, error) {
 	if d.file(f.Member.ID) != path {
 		return Member{}, fmt.Errorf("%s: is not the file of container %q", path, f.Member.ID)
 	}
-	if f.Member.CgroupsPath == "" {
-		return Member{}, fmt.Errorf("%s: names no cgroup: it is of another version", path)
+	if f.Member.CgroupsPath == "" || f.Member.Facts == nil {
+		return Member{}, fmt.Errorf("%s: it is of another version", path)
 	}
 	return f.Member, nil
 }

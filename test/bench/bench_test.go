@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/selective-ksm/selective-ksm/test/bench/result"
+	"github.com/selective-ksm/selective-ksm/test/missing"
 )
 
 // asVM has this program be what boots a VM, which only pretends to.
@@ -80,7 +81,7 @@ var tiny = size{
 // All that is measured in the VM can be, by the kernel that runs, and is of a figure.
 func TestMeasure(t *testing.T) {
 	if os.Getenv("SELECTIVE_KSM_VM") == "" {
-		t.Skip("not in the VM: it is the machine's one engine, and sets its ksmd; make test-vm and test-kernel run it there")
+		missing.Skip(t, "no machine of its own, as it is the one engine and sets ksmd: make test-vm and test-kernel run it in theirs, with SELECTIVE_KSM_VM")
 	}
 	runtime.LockOSThread()
 	var out bytes.Buffer

@@ -72,6 +72,7 @@ func TestChaos(t *testing.T) {
 	// As often, but that it merges when memory is short, too.
 	config := strings.Replace(often, "pressure: off\n", "", 1)
 	if seed%2 == 1 {
+		// One run in two, so that a wrapper that is mounted is tried as well.
 		config += "optIn: wrapper\n"
 	}
 	t.Logf("by\n%s", config)

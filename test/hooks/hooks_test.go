@@ -656,7 +656,7 @@ func TestFailures(t *testing.T) {
 		})
 	}
 	t.Run("hung daemon", func(t *testing.T) {
-		defer n.daemon(t)()
+		stop := n.daemon(t)
 		pid, end := waiting(t, "hooks-hung")
 		bundle := write(t, (&bundles{hooks: n.hooks}).config(t, "/", "", nil))
 		state := fmt.Sprintf(`{"ociVersion":"1.0.2","id":"hooks-hung","status":"creating","pid":%d,"bundle":%q}`, pid, bundle)
@@ -675,6 +675,8 @@ func TestFailures(t *testing.T) {
 			t.Errorf("poststop: status %d, and it says\n\t%s", status, line)
 		}
 		n.clean(t)
+		stop()
+		ended(t) // the one that the hook has started, as nobody answered
 	})
 	t.Run("left out", func(t *testing.T) {
 		// Nothing is wrong with it.
