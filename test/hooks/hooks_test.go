@@ -231,6 +231,15 @@ func processes(t testing.TB, name string) []int {
 	return found
 }
 
+// workers are the engines in the background that hooks have started.
+func (n *node) workers(t testing.TB) []int {
+	t.Helper()
+	return slices.DeleteFunc(processes(t, "selective-ksm"), func(pid int) bool {
+		line, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
+		return err != nil || !strings.Contains(string(line), "\x00worker\x00") || !strings.Contains(string(line), n.config)
+	})
+}
+
 // check has a container look at its data.
 func (c *running) check(t *testing.T) {
 	t.Helper()
@@ -463,11 +472,9 @@ func TestEngines(t *testing.T) {
 
 	c := n.run(t, r, "hooks-c", pod)
 	killed := 0
-	for _, pid := range processes(t, "selective-ksm") {
-		if line, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid)); err == nil && strings.Contains(string(line), "\x00worker\x00") && strings.Contains(string(line), n.config) {
-			if err := syscall.Kill(pid, syscall.SIGKILL); err == nil {
-				killed++
-			}
+	for _, pid := range n.workers(t) {
+		if err := syscall.Kill(pid, syscall.SIGKILL); err == nil {
+			killed++
 		}
 	}
 	if killed == 0 {
@@ -675,8 +682,14 @@ func TestFailures(t *testing.T) {
 			t.Errorf("poststop: status %d, and it says\n\t%s", status, line)
 		}
 		n.clean(t)
+		// The hook has started one, as nobody answered.
+		within(t, "the worker leaves it to the daemon", func() (err error) {
+			if all := n.workers(t); len(all) > 0 {
+				err = fmt.Errorf("there are %d", all)
+			}
+			return err
+		})
 		stop()
-		ended(t) // the one that the hook has started, as nobody answered
 	})
 	t.Run("left out", func(t *testing.T) {
 		// Nothing is wrong with it.
