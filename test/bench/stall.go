@@ -219,7 +219,7 @@ func probe(mib int) error {
 	runtime.LockOSThread()
 	debug.SetGCPercent(-1)
 	pages := mib << 20 / memory.PageSize
-	data, err := memory.Map(pages, pages, 1)
+	data, err := memory.Map(pages, pages, 1, false)
 	if err != nil {
 		return err
 	}

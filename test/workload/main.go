@@ -77,14 +77,9 @@ func tell(status int, sent syscall.Signal) error {
 
 // serve returns nil when the test has no more requests.
 func serve(ctx context.Context, dir string, pages, distinct int, seed uint64, secret bool) error {
-	data, err := memory.Map(pages, distinct, seed)
+	data, err := memory.Map(pages, distinct, seed, secret)
 	if err != nil {
 		return err
-	}
-	if secret {
-		if err := data.Secret(); err != nil {
-			return err
-		}
 	}
 	var hello control.Hello
 	hello.Start, hello.End = data.Range()

@@ -61,7 +61,7 @@ func HaveMachine(t testing.TB) {
 // hold holds pages, all different, and the same in all who do. It says where they
 // are, and then answers each line of its input.
 func hold(n int) error {
-	region, err := memory.Map(n, n, 1)
+	region, err := memory.Map(n, n, 1, false)
 	if err != nil {
 		return err
 	}

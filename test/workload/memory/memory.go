@@ -5,6 +5,7 @@ package memory
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"math/bits"
 	"os"
@@ -39,22 +40,22 @@ func (e *CorruptionError) Error() string {
 // Regions of the same seed and size hold the same data, which cannot be
 // compressed. The first pages, as many as distinct says, all differ from one
 // another; those behind them repeat them.
-func Map(pages, distinct int, seed uint64) (*Region, error) {
+//
+// If it is secret, it is marked so before it holds anything, as cryptographic
+// libraries do.
+func Map(pages, distinct int, seed uint64, secret bool) (*Region, error) {
 	data, err := unix.Mmap(-1, 0, pages*PageSize, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
 	if err != nil {
 		return nil, fmt.Errorf("map %d pages: %w", pages, err)
 	}
+	if secret {
+		if err := unix.Madvise(data, unix.MADV_DONTDUMP); err != nil {
+			return nil, errors.Join(fmt.Errorf("mark %d pages as secret: %w", pages, err), unix.Munmap(data))
+		}
+	}
 	r := &Region{data: data, seeds: make([]uint64, pages), distinct: distinct}
 	r.Write(0, pages, seed)
 	return r, nil
-}
-
-// Secret marks the region as one that holds secrets, as cryptographic libraries do.
-func (r *Region) Secret() error {
-	if err := unix.Madvise(r.data, unix.MADV_DONTDUMP); err != nil {
-		return fmt.Errorf("mark as secret: %w", err)
-	}
-	return nil
 }
 
 // Close unmaps the region.

@@ -9,7 +9,7 @@ import (
 
 func region(t *testing.T, pages int, seed uint64) *Region {
 	t.Helper()
-	r, err := Map(pages, pages, seed)
+	r, err := Map(pages, pages, seed, false)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -87,7 +87,7 @@ func TestCheckFindsOneFlippedBit(t *testing.T) {
 }
 
 func TestRepeatedPages(t *testing.T) {
-	r, err := Map(8, 4, 1)
+	r, err := Map(8, 4, 1, true)
 	if err != nil {
 		t.Fatal(err)
 	}
