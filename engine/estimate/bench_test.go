@@ -3,20 +3,49 @@ package estimate
 import (
 	"runtime"
 	"testing"
+	"time"
 
 	"github.com/selective-ksm/selective-ksm/config"
 	"github.com/selective-ksm/selective-ksm/engine/kernel/kerneltest"
+	"github.com/selective-ksm/selective-ksm/engine/kernel/kerneltest/running"
 	"github.com/selective-ksm/selective-ksm/hooks/inventory"
 )
+
+// What the benchmarks look at: processes, and pages of each.
+const benchProcesses, benchPages = 4, 128 << 20 >> 12
+
+// BenchmarkMerge says what a first merge of the same memory costs, half of it equal, by the
+// kernel that runs.
+func BenchmarkMerge(b *testing.B) {
+	const partition = "sksm-test-estimate"
+	k := running.Open(b, partition)
+	var pids []int
+	for i := range benchProcesses {
+		p := kerneltest.Start(b, benchPages)
+		if i >= benchProcesses/2 {
+			p.Do(b, "change")
+		}
+		pids = append(pids, p.PID)
+		running.OptIn(b, k, partition, p)
+	}
+	var cpu time.Duration
+	for b.Loop() {
+		cpu = merge(b, k, partition, pids)
+	}
+	if b.N > 1 {
+		b.Fatal("the first is one: -benchtime 1x")
+	}
+	gib := float64(benchProcesses*benchPages*pageSize) / (1 << 30)
+	b.ReportMetric(cpu.Seconds()/gib, "cpu-s/GiB")
+}
 
 // BenchmarkRead says what it costs to look at memory once, for each GiB, with nothing
 // left out of the sample.
 func BenchmarkRead(b *testing.B) {
 	needRoot(b)
-	const held = 128 << 20 >> 12
 	var pids []int
-	for range 4 {
-		pids = append(pids, kerneltest.Start(b, held).PID)
+	for range benchProcesses {
+		pids = append(pids, kerneltest.Start(b, benchPages).PID)
 	}
 	all, err := inventory.Processes(pids...)
 	if err != nil {
@@ -30,20 +59,17 @@ func BenchmarkRead(b *testing.B) {
 	}
 	gib := float64(r.Offered) / (1 << 30)
 	b.ReportMetric(r.Own.CPUSeconds/gib, "cpu-s/GiB")
+	b.ReportMetric(memoryPerGiB(b, pids), "MiB/GiB")
 }
 
-// memoryPerGiB is the most that an estimate may take of its own for each GiB read, in
-// bytes: 2 MiB are the hashes.
-const memoryPerGiB = 4 << 20
+// maxPerGiB is the most that an estimate may take of its own for each GiB read, in MiB: 2
+// are the hashes.
+const maxPerGiB = 4
 
-// What an estimate takes of memory grows by the hashes alone.
-func TestMemory(t *testing.T) {
-	needRoot(t)
-	const held = 64 << 20 >> 12
-	var pids []int
-	for range 8 {
-		pids = append(pids, kerneltest.Start(t, held).PID)
-	}
+// memoryPerGiB is what it takes more to look at all of some processes than at the first, in
+// MiB for each GiB.
+func memoryPerGiB(t testing.TB, pids []int) float64 {
+	t.Helper()
 	used := func(n int) (offered, used uint64) {
 		t.Helper()
 		all, err := inventory.Processes(pids[:n]...)
@@ -58,10 +84,19 @@ func TestMemory(t *testing.T) {
 		return r.Offered, r.Own.MemoryBytes
 	}
 	few, before := used(1)
-	many, after := used(8)
-	perGiB := (float64(after) - float64(before)) / float64(many-few) * (1 << 30)
-	t.Logf("%.2f MiB for each GiB read", perGiB/(1<<20))
-	if perGiB > memoryPerGiB {
-		t.Errorf("%.2f MiB for each GiB read, at most %d", perGiB/(1<<20), memoryPerGiB>>20)
+	many, after := used(len(pids))
+	return (float64(after) - float64(before)) / float64(many-few) * (1 << 10)
+}
+
+// What an estimate takes of memory grows by the hashes alone.
+func TestMemory(t *testing.T) {
+	needRoot(t)
+	const held = 64 << 20 >> 12
+	var pids []int
+	for range 8 {
+		pids = append(pids, kerneltest.Start(t, held).PID)
+	}
+	if is := memoryPerGiB(t, pids); is > maxPerGiB {
+		t.Errorf("%.2f MiB for each GiB read, at most %d", is, maxPerGiB)
 	}
 }

@@ -108,6 +108,30 @@ func TestPolicies(t *testing.T) {
 	}
 }
 
+// What a first merge takes within the budgets is what the tighter one allows.
+func TestCost(t *testing.T) {
+	needRoot(t)
+	all, err := inventory.Processes(kerneltest.Start(t, small).PID, kerneltest.Start(t, small).PID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, tc := range []struct{ whole, each, most float64 }{
+		{0.001, 1, 0.001}, {2, 0.0005, 0.001}, {0.001, 0.001, 0.001},
+	} {
+		c := config.Default()
+		c.Budget, c.PartitionBudget, c.BudgetWindow = tc.whole, tc.each, time.Second
+		r, err := Run(t.Context(), all, Options{Config: c, Rate: 1})
+		if err != nil {
+			t.Fatal(err)
+		}
+		// Each of the two has half of it.
+		want := (r.FirstMerge.CPUSeconds - tc.most) / tc.most
+		if got := r.FirstMerge.Seconds; got < want*0.98 || got > want*1.02 {
+			t.Errorf("%+v: %v s of CPU time take %v s, want %v", tc, r.FirstMerge.CPUSeconds, got, want)
+		}
+	}
+}
+
 // Containers that policy leaves out are in no policy's savings.
 func TestLeftOut(t *testing.T) {
 	needRoot(t)

@@ -2,13 +2,37 @@ package estimate
 
 import (
 	"testing"
+	"time"
 
 	"github.com/selective-ksm/selective-ksm/config"
+	"github.com/selective-ksm/selective-ksm/engine/kernel"
 	"github.com/selective-ksm/selective-ksm/engine/kernel/kerneltest"
 	"github.com/selective-ksm/selective-ksm/engine/kernel/kerneltest/running"
 	"github.com/selective-ksm/selective-ksm/engine/memory"
 	"github.com/selective-ksm/selective-ksm/hooks/inventory"
 )
+
+// merge merges processes, and returns the CPU time that it took.
+func merge(t testing.TB, k kernel.Kernel, partition string, pids []int) time.Duration {
+	t.Helper()
+	began := cpuTime()
+	for _, pid := range pids {
+		offer, err := memory.Find(t.Context(), pid, memory.Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, r := range offer.Ranges {
+			if err := k.Merge(t.Context(), partition, pid, r); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	kernels, err := k.Settle(t.Context(), partition)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return cpuTime() - began + kernels
+}
 
 // What is foretold is what the kernel then counts, of pages that are equal and pages that
 // are not. Afterwards the same is foretold, and found to be saved already.
@@ -41,36 +65,22 @@ func TestForetold(t *testing.T) {
 		t.Fatalf("%d bytes are foretold, %d merged before the merge", foretold, r.Merged)
 	}
 	within5 := func(a, b uint64) bool { return a*20 <= b*21 && b*20 <= a*21 }
-	var saved, cpu uint64
+	var saved uint64
+	var cpu time.Duration
 	// KSM leaves pages that it finds busy for the next time.
 	for try := 0; try < tries && !within5(foretold, saved); try++ {
-		began := cpuTime()
-		for _, pid := range pids {
-			offer, err := memory.Find(t.Context(), pid, memory.Options{})
-			if err != nil {
-				t.Fatal(err)
-			}
-			for _, r := range offer.Ranges {
-				if err := k.Merge(t.Context(), partition, pid, r); err != nil {
-					t.Fatal(err)
-				}
-			}
-		}
-		kernels, err := k.Settle(t.Context(), partition)
-		if err != nil {
-			t.Fatal(err)
-		}
+		took := merge(t, k, partition, pids)
 		c, err := k.Counters(partition)
 		if err != nil {
 			t.Fatal(err)
 		}
 		if try == 0 {
-			cpu = uint64(cpuTime() - began + kernels)
+			cpu = took
 		}
 		saved = c.Sharing * pageSize
 	}
 	t.Logf("foretold %d pages, %d are saved; the first merge took %.1f times the CPU time of reading",
-		foretold/pageSize, saved/pageSize, float64(cpu)/1e9/r.FirstMerge.CPUSeconds)
+		foretold/pageSize, saved/pageSize, cpu.Seconds()/r.Own.CPUSeconds)
 	if !within5(foretold, saved) {
 		t.Errorf("foretold %d pages, %d are saved", foretold/pageSize, saved/pageSize)
 	}

@@ -32,8 +32,8 @@ type Report struct {
 	// Policies are in the order from the narrowest to the widest, which is that of the
 	// whole node.
 	Policies []Policy `json:"policies"`
-	// FirstMerge is what the first merge of all takes, if a merge takes as long as it took
-	// here to read the same memory. On an unpatched kernel it takes several times that.
+	// FirstMerge is about what the first merge of all takes, by what it took to read the same
+	// memory.
 	FirstMerge Cost `json:"first_merge"`
 	// Own is what this took.
 	Own Own `json:"own"`
@@ -62,7 +62,8 @@ type Policy struct {
 // Cost is the time of a merge.
 type Cost struct {
 	CPUSeconds float64 `json:"cpu_seconds"`
-	// Seconds is how long it takes within the configuration's budget.
+	// Seconds is how long it takes within the configuration's budgets, that of each
+	// partition included.
 	Seconds float64 `json:"seconds"`
 }
 
