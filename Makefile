@@ -152,7 +152,7 @@ bench-kernel: packages kernel option-off-kernel build/bin/actor build/bin/bench-
 QUICK :=
 ONLY :=
 .PHONY: bench
-bench: packages kernel stock-kernel tools programs build/bin/selective-ksm build/bin/workload build/bin/actor build/bin/bench build/bin/vm
+bench: packages kernel stock-kernel tools programs build/bin/selective-ksm build/bin/workload build/bin/actor build/bin/demo build/bin/bench build/bin/vm
 	@build/bin/bench -vm build/bin/vm -out $(BENCH) -quick=$(if $(QUICK),true,false) -only '$(ONLY)'
 
 # Programs that people run many of, and what they need that this machine has not. They are

@@ -38,7 +38,7 @@ func pretend(args []string) {
 	if strings.Contains(args[2], stock) {
 		s.Variant, s.Value = byDefault, 4
 	}
-	if err := json.NewEncoder(os.Stdout).Encode(s); err != nil || slices.Contains(args, "again") {
+	if err := json.NewEncoder(os.Stdout).Encode(result.Line{Sample: &s}); err != nil || slices.Contains(args, "again") {
 		os.Exit(1)
 	}
 }
@@ -75,7 +75,7 @@ func TestRunner(t *testing.T) {
 var tiny = size{
 	merge: 2, processes: []int{2}, equal: []int{0, 100}, rounds: 1, partitions: []int{1, 4}, pairs: 4, memory: []int{2, 4},
 	again: 2, interval: 2 * time.Second, stall: 100 * time.Millisecond, start: 4, window: 2 * time.Second, idleFrom: time.Second,
-	pods: 2, quiet: 2 * time.Second, programs: programs[:1], replicas: 1, starts: 1,
+	pods: 2, quiet: 2 * time.Second, programs: programs[:1], replicas: 1, starts: 1, shown: 1,
 }
 
 // All that is measured in the VM can be, by the kernel that runs, and is of a figure.
@@ -94,7 +94,7 @@ func TestMeasure(t *testing.T) {
 	if g.selective {
 		kernel = selective
 	}
-	for _, b := range slices.Concat(turn, once) {
+	for _, b := range slices.Concat(turn, watch, repeat, once) {
 		for _, part := range b.parts {
 			if b.kernel != kernel {
 				continue
@@ -113,17 +113,26 @@ func TestMeasure(t *testing.T) {
 func checkSamples(t *testing.T, out *bytes.Buffer) {
 	t.Helper()
 	var samples []result.Sample
+	outputs := 0
 	for lines := json.NewDecoder(out); lines.More(); {
-		var s result.Sample
-		if err := lines.Decode(&s); err != nil {
+		var l result.Line
+		if err := lines.Decode(&l); err != nil {
 			t.Fatal(err)
 		}
+		if l.Output != nil {
+			if l.Output.Name == "" || l.Output.Text == "" {
+				t.Errorf("%+v", l.Output)
+			}
+			outputs++
+			continue
+		}
+		s := *l.Sample
 		if s.Case == "" || s.Variant == "" || s.Kernel == "" || math.IsNaN(s.Value) || s.Value < 0 && s.Figure != "growth" || s.Over {
 			t.Errorf("%+v", s)
 		}
 		samples = append(samples, s)
 	}
-	if results, err := result.Summarize(figuresOf(false), samples); err != nil || len(results) == 0 {
+	if results, err := result.Summarize(figuresOf(false), samples); err != nil || len(results)+outputs == 0 {
 		t.Errorf("%d results of %d samples: %v", len(results), len(samples), err)
 	}
 }

@@ -28,15 +28,24 @@ const (
 
 // runtime measures what a container's creation and start take of containerd's time, with
 // our plugin and with one that hears of the same and does nothing, in turn.
-func (g *guest) runtime(ctx context.Context) (err error) {
+func (g *guest) runtime(ctx context.Context) error {
 	const timeout = 20 * time.Minute
 	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
+	return g.withNode(ctx, func(n *node.Node) error { return g.createOn(ctx, n) })
+}
+
+// withNode calls f while containerd runs.
+func (g *guest) withNode(ctx context.Context, f func(*node.Node) error) (err error) {
 	n, err := node.Start(ctx, node.Built(filepath.Dir(g.bin)))
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, n.Stop(context.WithoutCancel(ctx))) }()
+	return f(n)
+}
+
+func (g *guest) createOn(ctx context.Context, n *node.Node) error {
 	self, err := os.Executable()
 	if err != nil {
 		return err

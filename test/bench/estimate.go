@@ -44,7 +44,7 @@ func (g *guest) estimatedOf(ctx context.Context, equal int) (err error) {
 	}
 	s := result.Sample{Figure: "estimate", Case: fmt.Sprint(equal, " % equal"), Variant: reading}
 	gib := float64(g.size.merge) / 1024
-	s.Value = r.FirstMerge.CPUSeconds / gib
+	s.Value = r.Own.CPUSeconds / gib
 	if err := g.sample(s); err != nil {
 		return err
 	}
@@ -53,13 +53,8 @@ func (g *guest) estimatedOf(ctx context.Context, equal int) (err error) {
 		s.Variant = onRequest
 		t, err = c.onRequest()
 	} else {
-		var d *ksmd
-		if d, err = findKsmd(); err != nil {
-			return err
-		}
 		s.Variant = flatOut
-		t, s.Over, err = d.merges(ctx, modes[0], c.saving(), patience)
-		err = errors.Join(err, d.unmerge())
+		t, err = c.byKsmd(ctx, c.saving())
 	}
 	s.Value = t.cpu.Seconds() / gib
 	return errors.Join(err, g.sample(s))

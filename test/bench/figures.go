@@ -38,12 +38,14 @@ const (
 	maxReconcile = 2    // s
 	maxResident  = 40   // MiB
 	maxIdle      = 0.5  // % of a CPU
+	maxRead      = 4    // MiB/GiB
 )
 
 // size is how much is measured.
 type size struct {
-	turns int
-	guest string // the VM's memory
+	turns   int    // of what the kernels are compared in
+	repeats int    // of what is compared in other ways
+	guest   string // the VM's memory
 
 	merge     int // MiB
 	processes []int
@@ -66,20 +68,21 @@ type size struct {
 	replicas   int // of each program: so many pods of two, in each of two namespaces
 	starts     int // of containers with each plugin
 	counts     int // of Go's benchmarks
+	shown      int // MiB of each container whose merging commands print
 }
 
 func sizes(quick bool) size {
 	if quick {
 		return size{
-			turns: 1, guest: "3G", merge: 16, processes: []int{2, 8}, equal: []int{0, 50, 100}, rounds: 1,
+			turns: 1, repeats: 1, guest: "3G", merge: 16, processes: []int{2, 8}, equal: []int{0, 50, 100}, rounds: 1,
 			partitions: []int{1, 16}, pairs: 16, memory: []int{16, 64}, again: 16, interval: 5 * time.Second, stall: 2 * time.Second,
-			start: 32, window: 20 * time.Second, idleFrom: 15 * time.Second, pods: 25, calm: 2 * time.Second, quiet: 20 * time.Second, programs: programs, replicas: 1, starts: 8, counts: 1,
+			start: 32, window: 20 * time.Second, idleFrom: 15 * time.Second, pods: 25, calm: 2 * time.Second, quiet: 20 * time.Second, programs: programs, replicas: 1, starts: 8, counts: 1, shown: 16,
 		}
 	}
 	return size{
-		turns: 2, guest: "6500M", merge: 32, processes: []int{2, 8, 32}, equal: []int{0, 10, 50, 100}, rounds: 2,
+		turns: 2, repeats: 3, guest: "6500M", merge: 32, processes: []int{2, 8, 32}, equal: []int{0, 10, 50, 100}, rounds: 2,
 		partitions: []int{1, 4, 16, 64, 256}, pairs: 256, memory: []int{64, 256, 1024, 4096}, again: 64, interval: 5 * time.Second, stall: 5 * time.Second,
-		start: 128, window: 10 * time.Minute, idleFrom: 9 * time.Minute, pods: 250, calm: 3 * time.Minute, quiet: 30 * time.Second, programs: programs, replicas: 2, starts: 96, counts: 3,
+		start: 128, window: 10 * time.Minute, idleFrom: 9 * time.Minute, pods: 250, calm: 3 * time.Minute, quiet: 30 * time.Second, programs: programs, replicas: 2, starts: 96, counts: 3, shown: 64,
 	}
 }
 
@@ -152,7 +155,7 @@ func figuresOf(quick bool) []result.Figure {
 		},
 		{
 			Name: "stall", Unit: "µs", Variant: nothing, Log: true, Short: []string{"mmap, p99", "write, p99"},
-			Title: "5. Latency in a process while it is merged without a pause",
+			Title: "5. Latency in a process while it is merged, or read, without a pause",
 		},
 		{
 			Name: "create", Unit: "ms", Variant: idlePlugin, Limit: slower, OfRatio: true,
@@ -170,7 +173,8 @@ func figuresOf(quick bool) []result.Figure {
 			Name: "estimate", Unit: "s/GiB", Variant: reading, Short: []string{"50 % equal"},
 			Title: fmt.Sprintf("7. CPU time next to an estimate, %d MiB of %d processes", s.merge, someProcesses),
 		},
-		{Name: "read", Unit: "s/GiB", Title: "7. CPU time of an estimate, on the machine itself"},
+		{Name: "read", Unit: "s/GiB", Variant: reading, Title: "7. CPU time next to an estimate, on the machine itself"},
+		{Name: "read-memory", Unit: "MiB/GiB", Limit: maxRead, Title: "7. Memory that an estimate takes, on the machine itself"},
 		{
 			Name: "programs", Unit: "MiB", Short: []string{"anonymous memory", "by container", "by pod", "by namespace", "the whole node, by ksmd"},
 			Title: fmt.Sprintf("8. Saved of %d containers of a program: 2 in a pod, %d in a namespace", 4*s.replicas, 2*s.replicas),

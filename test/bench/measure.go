@@ -40,9 +40,11 @@ var parts = map[string]func(*guest, context.Context) error{
 	"stall":      (*guest).stalled,
 	"start":      (*guest).started,
 	"watch":      (*guest).watched,
+	"advisor":    (*guest).watchedAdvisor,
 	"programs":   (*guest).saved,
 	"runtime":    (*guest).runtime,
 	"node":       (*guest).node,
+	"outputs":    (*guest).outputs,
 }
 
 func measure(ctx context.Context, quick bool, names []string) error {
@@ -73,7 +75,7 @@ func measure(ctx context.Context, quick bool, names []string) error {
 	return errors.Join(errs...)
 }
 
-// newGuest measures with the programs of a directory, and writes samples to out.
+// newGuest measures with the programs of a directory, and writes lines to out.
 func newGuest(s size, bin string, out io.Writer) (g *guest, err error) {
 	g = &guest{size: s, bin: bin, selective: partition.Supported(), out: json.NewEncoder(out)}
 	if g.like.Kernel, err = kernelRelease(); err != nil {
@@ -89,7 +91,12 @@ func newGuest(s size, bin string, out io.Writer) (g *guest, err error) {
 // sample tells of one value.
 func (g *guest) sample(s result.Sample) error {
 	s.Kernel, s.CPU = g.like.Kernel, g.like.CPU
-	return g.out.Encode(s)
+	return g.out.Encode(result.Line{Sample: &s})
+}
+
+// output tells of what a command has printed.
+func (g *guest) output(name, text string) error {
+	return g.out.Encode(result.Line{Output: &result.Output{Name: name, Text: text}})
 }
 
 // took tells how long something took, as wall and as CPU time, for each unit of it.

@@ -83,8 +83,21 @@ func (c *crowd) onRequest() (t times, err error) {
 	return t, err
 }
 
-// partitioned measures how merging the same processes in more partitions takes longer.
-// Each two of them have the same memory.
+// byKsmd has ksmd merge all, as fast as it can, and returns what that took.
+func (c *crowd) byKsmd(ctx context.Context, saving int) (times, error) {
+	d, err := findKsmd()
+	if err != nil {
+		return times{}, err
+	}
+	t, over, err := d.merges(ctx, modes[0], saving, patience)
+	if err == nil && over {
+		err = fmt.Errorf("ksmd has not merged all within %v", patience)
+	}
+	return t, errors.Join(err, d.unmerge())
+}
+
+// partitioned measures how merging the same processes in more partitions takes longer, and
+// how long ksmd takes, which has one for all. Each two of them have the same memory.
 func (g *guest) partitioned(ctx context.Context) (err error) {
 	c, err := g.twins(ctx, g.pairs, pagesIn(g.size.merge)/(2*g.pairs))
 	if err != nil {
@@ -92,23 +105,31 @@ func (g *guest) partitioned(ctx context.Context) (err error) {
 	}
 	defer func() { err = errors.Join(err, c.kill()) }()
 	for range g.rounds {
+		s := result.Sample{Figure: "partitions", Case: onePartition, Variant: flatOut, X: 1}
+		if !g.selective {
+			took, err := c.byKsmd(ctx, g.pairs*c.pages)
+			s.Value = took.cpu.Seconds()
+			if err := errors.Join(err, g.sample(s)); err != nil {
+				return err
+			}
+			continue
+		}
+		s.Variant = onRequest
 		var x, y []float64
 		for _, partitions := range g.partitions {
 			took, err := c.inPartitions(partitions, g.pairs)
 			if err != nil {
 				return fmt.Errorf("%d partitions: %w", partitions, err)
 			}
-			x, y = append(x, float64(partitions)), append(y, took.cpu.Seconds())
-			name := fmt.Sprint(partitions, " partitions")
-			if partitions == 1 {
-				name = onePartition
+			if s.X, s.Value = float64(partitions), took.cpu.Seconds(); partitions > 1 {
+				s.Case = fmt.Sprint(partitions, " partitions")
 			}
-			s := result.Sample{Figure: "partitions", Case: name, Variant: onRequest, X: float64(partitions), Value: took.cpu.Seconds()}
+			x, y = append(x, s.X), append(y, s.Value)
 			if err := g.sample(s); err != nil {
 				return err
 			}
 		}
-		if err := g.growth("with partitions", x, y); err != nil {
+		if err := g.growth("with partitions", onRequest, x, y); err != nil {
 			return err
 		}
 	}
@@ -147,6 +168,10 @@ func (c *crowd) inPartitions(partitions, pairs int) (t times, err error) {
 
 // sized measures how merging more memory takes longer.
 func (g *guest) sized(ctx context.Context) error {
+	variant := onRequest
+	if !g.selective {
+		variant = flatOut
+	}
 	var x, y []float64
 	for _, mib := range g.memory {
 		const processes = 4
@@ -155,22 +180,27 @@ func (g *guest) sized(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		t, err := c.onRequest()
+		var t times
+		if g.selective {
+			t, err = c.onRequest()
+		} else {
+			t, err = c.byKsmd(ctx, c.saving())
+		}
 		if err := errors.Join(err, c.kill()); err != nil {
 			return err
 		}
 		x, y = append(x, float64(mib)), append(y, t.cpu.Seconds())
-		s := result.Sample{Figure: "memory", Case: fmt.Sprint(mib, " MiB"), Variant: onRequest, X: float64(mib), Value: t.cpu.Seconds()}
+		s := result.Sample{Figure: "memory", Case: fmt.Sprint(mib, " MiB"), Variant: variant, X: float64(mib), Value: t.cpu.Seconds()}
 		if err := g.sample(s); err != nil {
 			return err
 		}
 	}
-	return g.growth("with memory", x, y)
+	return g.growth("with memory", variant, x, y)
 }
 
 // growth tells the exponent with which y grows with x.
-func (g *guest) growth(with string, x, y []float64) error {
-	return g.sample(result.Sample{Figure: "growth", Case: with, Variant: onRequest, Value: exponent(x, y)})
+func (g *guest) growth(with, variant string, x, y []float64) error {
+	return g.sample(result.Sample{Figure: "growth", Case: with, Variant: variant, Value: exponent(x, y)})
 }
 
 // exponent is that of the power of x that fits y best, by least squares of the logarithms.

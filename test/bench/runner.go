@@ -14,6 +14,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -37,21 +38,27 @@ type boot struct {
 	parts  []string
 }
 
-// turn are the boots that come again and again, for what the kernels are compared in.
-var turn = []boot{
-	{selective, []string{"merge", "partitions", "memory", "again", "estimate", "stall", "start"}},
-	{stock, []string{"merge", "again", "estimate", "stall", "start"}},
-}
-
-// once are boots for what is compared within one, or what does not depend on time.
-var once = []boot{
-	{selective, []string{"watch"}},
-	{stock, []string{"watch"}},
-	{selective, []string{"programs"}},
-	{stock, []string{"programs"}},
-	{selective, []string{"runtime"}},
-	{selective, []string{"node"}},
-}
+// Boots, of which each kind comes so many times.
+var (
+	// turn are those in which the kernels are compared, one after the other.
+	turn = []boot{
+		{selective, []string{"merge", "partitions", "memory", "again", "estimate", "stall", "start"}},
+		{stock, []string{"merge", "partitions", "memory", "again", "estimate", "stall", "start"}},
+	}
+	// watch are side by side: for most of the time each does next to nothing.
+	watch = []boot{
+		{selective, []string{"watch"}},
+		{stock, []string{"watch"}},
+		{stock, []string{"advisor"}},
+	}
+	// repeat are those of which each is compared in itself, or does not depend on time.
+	repeat = []boot{
+		{selective, []string{"programs"}},
+		{stock, []string{"programs"}},
+		{selective, []string{"node"}},
+	}
+	once = []boot{{selective, []string{"runtime", "outputs"}}}
+)
 
 // native is the part that runs on the machine itself.
 const native = "native"
@@ -64,6 +71,7 @@ type runner struct {
 	began   time.Time
 	commit  string
 	samples []result.Sample
+	outputs []result.Output
 }
 
 func (r *runner) run(ctx context.Context) error {
@@ -73,14 +81,17 @@ func (r *runner) run(ctx context.Context) error {
 	}
 	// What fails must not take with it what was measured before.
 	var errs []error
-	for i := range sizes(r.quick).turns {
-		for _, b := range turn {
-			errs = append(errs, r.boot(ctx, i, b))
-		}
+	s := sizes(r.quick)
+	for i := range s.turns {
+		errs = append(errs, r.boots(ctx, i, turn))
 	}
-	for _, b := range once {
-		errs = append(errs, r.boot(ctx, 0, b))
+	for i := range s.repeats {
+		errs = append(errs, r.sideBySide(ctx, i, watch))
 	}
+	for i := range s.repeats {
+		errs = append(errs, r.boots(ctx, i, repeat))
+	}
+	errs = append(errs, r.boots(ctx, 0, once))
 	if r.wants(native) {
 		errs = append(errs, r.native(ctx))
 	}
@@ -93,15 +104,55 @@ func (r *runner) wants(part string) bool {
 	return r.only == "" || slices.Contains(strings.Split(r.only, ","), part)
 }
 
-func (r *runner) boot(ctx context.Context, turn int, b boot) error {
+// boots boots one VM after the other.
+func (r *runner) boots(ctx context.Context, turn int, all []boot) error {
+	var errs []error
+	for _, b := range all {
+		lines, err := r.boot(ctx, b)
+		r.take(turn, lines)
+		errs = append(errs, err)
+	}
+	return errors.Join(errs...)
+}
+
+// sideBySide boots all at once.
+func (r *runner) sideBySide(ctx context.Context, turn int, all []boot) error {
+	lines, errs := make([][]result.Line, len(all)), make([]error, len(all))
+	var running sync.WaitGroup
+	for i, b := range all {
+		running.Go(func() { lines[i], errs[i] = r.boot(ctx, b) })
+	}
+	running.Wait()
+	for _, l := range lines {
+		r.take(turn, l)
+	}
+	return errors.Join(errs...)
+}
+
+// take keeps what was measured in one of the boots that alternate.
+func (r *runner) take(turn int, lines []result.Line) {
+	for _, l := range lines {
+		if l.Sample != nil {
+			l.Sample.Turn = turn
+			r.samples = append(r.samples, *l.Sample)
+		}
+		if l.Output != nil {
+			r.outputs = append(r.outputs, *l.Output)
+		}
+	}
+}
+
+// boot measures what is wanted of one boot. What was measured before an error is returned
+// with it.
+func (r *runner) boot(ctx context.Context, b boot) (all []result.Line, err error) {
 	parts := slices.DeleteFunc(slices.Clone(b.parts), func(p string) bool { return !r.wants(p) })
 	if len(parts) == 0 || ctx.Err() != nil {
-		return ctx.Err()
+		return nil, ctx.Err()
 	}
 	fmt.Fprintf(os.Stderr, "%4.0f s  %s: %s\n", time.Since(r.began).Seconds(), b.kernel, strings.Join(parts, ", "))
 	self, err := os.Executable()
 	if err != nil {
-		return err
+		return nil, err
 	}
 	args := append(strings.Fields(r.vm),
 		"-kernel", filepath.Join("build/kernel", b.kernel, "bzImage"),
@@ -116,18 +167,17 @@ func (r *runner) boot(ctx context.Context, turn int, b boot) error {
 	err = cmd.Run()
 	lines := json.NewDecoder(&out)
 	for lines.More() {
-		var s result.Sample
-		if decodeErr := lines.Decode(&s); decodeErr != nil {
+		var l result.Line
+		if decodeErr := lines.Decode(&l); decodeErr != nil {
 			err = errors.Join(err, decodeErr)
 			break
 		}
-		s.Turn = turn
-		r.samples = append(r.samples, s)
+		all = append(all, l)
 	}
 	if err != nil {
-		return fmt.Errorf("%s, %s: %w", b.kernel, strings.Join(parts, ", "), err)
+		err = fmt.Errorf("%s, %s: %w", b.kernel, strings.Join(parts, ", "), err)
 	}
-	return nil
+	return all, err
 }
 
 // goBenchmarks are those of Go's own kind, on this machine: what each of their numbers is.
@@ -147,7 +197,11 @@ var goBenchmarks = []struct {
 		"Answers/slow ms/slowest":    {Figure: "answer", Case: "... and a kernel that is slow", Variant: product, Value: 1},
 	}},
 	{"./engine/estimate", "Read", "1s", map[string]result.Sample{
-		"Read cpu-s/GiB": {Figure: "read", Case: "4 processes of 128 MiB", Variant: product, Value: 1},
+		"Read cpu-s/GiB": {Figure: "read", Case: "4 processes of 128 MiB", Variant: reading, Value: 1},
+		"Read MiB/GiB":   {Figure: "read-memory", Case: "4 processes of 128 MiB", Variant: product, Value: 1},
+	}},
+	{"./engine/estimate", "Merge", "1x", map[string]result.Sample{
+		"Merge cpu-s/GiB": {Figure: "read", Case: "4 processes of 128 MiB", Variant: "a first merge", Value: 1},
 	}},
 	{"./test/hooks", "Hook", "100x", map[string]result.Sample{
 		"Hook/daemon true-ms":          {Figure: "hook", Case: emptyHook, Variant: withDaemon, Value: 1},
@@ -222,12 +276,12 @@ func (r *runner) tell() error {
 	if err != nil {
 		return err
 	}
-	if len(results) == 0 {
+	if len(results)+len(r.outputs) == 0 {
 		return errors.New("nothing was measured")
 	}
 	report := result.Report{
 		Date: r.began.UTC().Truncate(time.Second), Took: time.Since(r.began).Round(time.Second).Seconds(),
-		Command: "make bench", Quick: r.quick, Commit: r.commit, Results: results,
+		Command: "make bench", Quick: r.quick, Commit: r.commit, Results: results, Outputs: r.outputs,
 	}
 	if r.quick {
 		report.Command += " QUICK=1"
@@ -247,6 +301,11 @@ func (r *runner) tell() error {
 	}
 	if err := os.WriteFile(filepath.Join(r.out, "results.txt"), table.Bytes(), 0o644); err != nil {
 		return err
+	}
+	for _, o := range r.outputs {
+		if err := os.WriteFile(filepath.Join(r.out, o.Name+".txt"), []byte(o.Text), 0o644); err != nil {
+			return err
+		}
 	}
 	for _, f := range figures {
 		if !slices.ContainsFunc(results, func(r result.Result) bool { return r.Figure == f.Name }) {

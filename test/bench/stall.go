@@ -19,6 +19,9 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/selective-ksm/selective-ksm/config"
+	"github.com/selective-ksm/selective-ksm/engine/estimate"
+	"github.com/selective-ksm/selective-ksm/hooks/inventory"
 	"github.com/selective-ksm/selective-ksm/test/bench/result"
 	"github.com/selective-ksm/selective-ksm/test/e2e/partition"
 	"github.com/selective-ksm/selective-ksm/test/kernel/ksm"
@@ -33,6 +36,9 @@ const probeMiB = 32
 func (g *guest) stalled(ctx context.Context) error {
 	for range g.rounds {
 		if err := g.stalledBy(ctx, nothing, func() (func() error, error) { return func() error { return nil }, nil }); err != nil {
+			return err
+		}
+		if err := g.stalledByEstimate(ctx); err != nil {
 			return err
 		}
 		if g.selective {
@@ -93,6 +99,41 @@ func (g *guest) stalledBy(ctx context.Context, variant string, begin func() (end
 	return nil
 }
 
+// stalledByEstimate has the memory read instead, which merges nothing.
+func (g *guest) stalledByEstimate(ctx context.Context) error {
+	var pids []int
+	return g.stalledBy(ctx, reading, func() (func() error, error) {
+		all, err := inventory.Processes(pids...)
+		if err != nil {
+			return nil, err
+		}
+		return again(ctx, func(ctx context.Context) error {
+			_, err := estimate.Run(ctx, all, estimate.Options{Config: config.Default(), Rate: 1})
+			return errors.Join(err, ctx.Err())
+		}), nil
+	}, func(p *prober) { pids = append(pids, p.cmd.Process.Pid) })
+}
+
+// again has something done again and again until the function that it returns is called.
+func again(ctx context.Context, do func(context.Context) error) (end func() error) {
+	ctx, cancel := context.WithCancel(ctx)
+	done := make(chan error, 1)
+	go func() {
+		var err error
+		for err == nil {
+			err = do(ctx)
+		}
+		done <- err
+	}()
+	return func() error {
+		cancel()
+		if err := <-done; !errors.Is(err, context.Canceled) {
+			return err
+		}
+		return nil
+	}
+}
+
 // chunk is how much is asked for at a time, as the engine does, in bytes.
 const chunk = 16 << 20
 
@@ -139,22 +180,7 @@ func (g *guest) stalledOnRequest(ctx context.Context, r request) error {
 			if err != nil || saved == 0 {
 				return nil, errors.Join(errors.New("nothing was merged"), err)
 			}
-			ctx, cancel := context.WithCancel(ctx)
-			done := make(chan error, 1)
-			go func() {
-				var err error
-				for err == nil {
-					err = merge(ctx, r.pause)
-				}
-				done <- err
-			}()
-			return func() error {
-				cancel()
-				if err := <-done; !errors.Is(err, context.Canceled) {
-					return err
-				}
-				return nil
-			}, nil
+			return again(ctx, func(ctx context.Context) error { return merge(ctx, r.pause) }), nil
 		}, func(p *prober) { probers = append(probers, p) })
 	})
 }

@@ -30,10 +30,15 @@ func (g *guest) started(ctx context.Context) error {
 	return nil
 }
 
-// watched measures what that, and the time after it, takes of the CPU. ksmd flat out, which
-// takes all of one, is not.
-func (g *guest) watched(ctx context.Context) error {
-	return g.startedWithAll(ctx, g.follow, func(m mode) bool { return m.slow })
+// watched measures what that, and the time after it, takes of the CPU.
+func (g *guest) watched(ctx context.Context) error { return g.watchedWith(ctx, byDefault) }
+
+// watchedAdvisor does so for another mode of ksmd. That of ksmd flat out, which takes all
+// of a CPU, is known.
+func (g *guest) watchedAdvisor(ctx context.Context) error { return g.watchedWith(ctx, byAdvisor) }
+
+func (g *guest) watchedWith(ctx context.Context, name string) error {
+	return g.startedWithAll(ctx, g.follow, func(m mode) bool { return m.name == name })
 }
 
 // startedWithAll measures something by all means that the kernel has, of ksmd's those that

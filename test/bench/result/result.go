@@ -82,6 +82,18 @@ type Result struct {
 	CPU    string `json:"cpu"`
 }
 
+// An Output is what a command has printed.
+type Output struct {
+	Name string `json:"name"`
+	Text string `json:"text"`
+}
+
+// A Line is what a measurement in the VM prints: one of these.
+type Line struct {
+	Sample *Sample `json:"sample,omitempty"`
+	Output *Output `json:"output,omitempty"`
+}
+
 // Machine is where a run was.
 type Machine struct {
 	CPU    string `json:"cpu"`
@@ -100,6 +112,7 @@ type Report struct {
 	Commit  string   `json:"commit"`
 	Machine Machine  `json:"machine"`
 	Results []Result `json:"results"`
+	Outputs []Output `json:"outputs,omitempty"`
 }
 
 // spread panics if there are no values.
