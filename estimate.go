@@ -17,7 +17,6 @@ import (
 	"github.com/selective-ksm/selective-ksm/engine"
 	"github.com/selective-ksm/selective-ksm/engine/control/page"
 	"github.com/selective-ksm/selective-ksm/engine/estimate"
-	"github.com/selective-ksm/selective-ksm/engine/kernel/sysfs"
 	"github.com/selective-ksm/selective-ksm/engine/memory"
 	"github.com/selective-ksm/selective-ksm/hooks/inventory"
 )
@@ -70,8 +69,6 @@ func runEstimate(args []string) error {
 	if err != nil {
 		return err
 	}
-	_, missing := sysfs.Open()
-	o.Series = missing == nil
 	done := func() {}
 	if isTerminal(os.Stderr) {
 		o.Progress, done = progress(os.Stderr, resident(all))
@@ -176,7 +173,7 @@ func showEstimate(out io.Writer, r estimate.Report) error {
 	fmt.Fprintf(out, "Zero pages: %s were never written and are in none of this; %s were, and are.\n", page.Size(r.Zero), page.Size(r.WrittenZero))
 	fmt.Fprintf(out, "Huge pages: %s, which a merge splits.\n", page.Size(r.Huge))
 	fmt.Fprintf(out, "Merged already: %s, which saves %s.\n", page.Size(r.Merged), page.Size(r.SavedNow))
-	fmt.Fprintf(out, "The first merge takes about %.2g s of CPU time, and %.2g s within the budget.\n", r.FirstMerge.CPUSeconds, r.FirstMerge.Seconds)
+	fmt.Fprintf(out, "The first merge takes up to %.2g s of CPU time, and %.2g s within the budget.\n", r.FirstMerge.CPUSeconds, r.FirstMerge.Seconds)
 	fmt.Fprintf(out, "This took %.2g s of CPU time and %s of memory.\n", r.Own.CPUSeconds, page.Size(r.Own.MemoryBytes))
 	return nil
 }

@@ -36,8 +36,6 @@ type Options struct {
 	// Rate is which part of all contents is kept for counting, from [MinRate] to 1. It is rounded down to a power of a half. All memory is read, whatever it is: a
 	// smaller rate takes less memory, and a shorter second look.
 	Rate float64
-	// Series is that the kernel that would merge has the series. Others take longer.
-	Series bool
 	// Progress, if it is not nil, is told of pages as they are read, at most twice for
 	// each. It is called often.
 	Progress func(look int, pages uint64)
@@ -240,12 +238,12 @@ func (e *estimate) policy(name string, of func(i int) (partition, reason string)
 	return p
 }
 
-// How many times as long as it takes to read memory here it takes to merge it, which cannot
-// be tried: ksmd's as measured on a machine (make bench, 7), of which the series takes two
-// fifths (make bench, 1).
-const byKsmd, bySeries = 8, 3
+// byKsmd is how many times as long as reading memory here it takes ksmd to merge it, as
+// measured on a machine (make bench, 7). The series takes less (make bench, 1). It cannot be
+// tried without merging.
+const byKsmd = 8
 
-// cost says what a first merge takes, by what it took to read the same memory.
+// cost says what a first merge takes at most, by what it took to read the same memory.
 func (e *estimate) cost() {
 	for _, c := range e.report.Containers {
 		e.report.Offered += c.Offered
@@ -256,9 +254,6 @@ func (e *estimate) cost() {
 		e.report.Volatile += c.Volatile
 	}
 	cpu := byKsmd * e.cpu.Seconds()
-	if e.Series {
-		cpu = bySeries * e.cpu.Seconds()
-	}
 	e.report.FirstMerge = Cost{CPUSeconds: cpu, Seconds: spending(cpu, e.Config.Budget, e.Config.BudgetWindow)}
 	partitions := map[string]uint64{}
 	for i, c := range e.report.Containers {

@@ -3,14 +3,19 @@ package estimate
 import (
 	"context"
 	"errors"
+	"fmt"
+	"math"
 	"math/rand/v2"
 	"os"
 	"os/exec"
 	"slices"
+	"strconv"
+	"strings"
 	"testing"
 	"time"
 
 	"github.com/selective-ksm/selective-ksm/config"
+	"github.com/selective-ksm/selective-ksm/engine"
 	"github.com/selective-ksm/selective-ksm/engine/frame"
 	"github.com/selective-ksm/selective-ksm/engine/kernel/kerneltest"
 	"github.com/selective-ksm/selective-ksm/engine/memory"
@@ -108,26 +113,85 @@ func TestPolicies(t *testing.T) {
 	}
 }
 
-// What a first merge takes within the budgets is what the tighter one allows.
-func TestCost(t *testing.T) {
+// What changes between the looks is told apart, and saves nothing for sure; so are zeroes that
+// were written, and huge pages.
+func TestTellsApart(t *testing.T) {
 	needRoot(t)
-	all, err := inventory.Processes(kerneltest.Start(t, small).PID, kerneltest.Start(t, small).PID)
+	quiet, busy, empty := kerneltest.Start(t, small), kerneltest.Start(t, small), kerneltest.Start(t, small)
+	empty.Do(t, "zeroes")
+	empty.Do(t, "huge")
+	huge := anonHuge(t, empty.PID)
+	all, err := inventory.Processes(quiet.PID, busy.PID, empty.PID)
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, tc := range []struct{ whole, each, most float64 }{
-		{0.001, 1, 0.001}, {2, 0.0005, 0.001}, {0.001, 0.001, 0.001},
+	changed := false
+	r, err := Run(t.Context(), all, Options{Config: config.Default(), Rate: 1, Interval: time.Millisecond, Progress: func(look int, _ uint64) {
+		if look == 2 && !changed { // the first has been looked at again
+			changed = true
+			busy.Do(t, "change")
+		}
+	}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	const off = small / 4
+	near(t, "volatile", r.Volatile/pageSize, small, off)
+	near(t, "volatile of the busy one", r.Containers[1].Volatile/pageSize, small, off)
+	near(t, "volatile of the quiet one", r.Containers[0].Volatile/pageSize, 0, off)
+	near(t, "saved if nothing changed", r.Policies[len(r.Policies)-1].Volatile/pageSize, small, off)
+	near(t, "written zeroes", r.WrittenZero/pageSize, small, off)
+	near(t, "written zeroes of the quiet one", r.Containers[0].WrittenZero/pageSize, 0, off)
+	if r.Huge < huge || r.Containers[2].Huge != huge {
+		t.Errorf("%d bytes are in huge pages, %d of the last, want %d", r.Huge, r.Containers[2].Huge, huge)
+	}
+	if enabled, err := os.ReadFile("/sys/kernel/mm/transparent_hugepage/enabled"); err == nil && !strings.Contains(string(enabled), "[never]") && huge == 0 {
+		t.Error("there is no huge page, though there can be")
+	}
+}
+
+// anonHuge is how much of the memory of a process is in huge pages, in bytes.
+func anonHuge(t *testing.T, pid int) uint64 {
+	t.Helper()
+	rollup, err := os.ReadFile(fmt.Sprintf("/proc/%d/smaps_rollup", pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(string(rollup)) {
+		if value, ok := strings.CutPrefix(line, "AnonHugePages:"); ok {
+			kib, err := strconv.ParseUint(strings.TrimSuffix(strings.TrimSpace(value), " kB"), 10, 64)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return kib << 10
+		}
+	}
+	return 0
+}
+
+// What a first merge takes within the budgets is what the tighter one allows: what it has at
+// once, and the rest as it comes in.
+func TestCost(t *testing.T) {
+	for _, tc := range []struct {
+		whole, each float64
+		cpu, want   float64
+	}{
+		{0.05, 0.05, 0.25, 2},
+		{0.05, 0.05, 1, 100}, // 3 s at once, 5 s at 5 %
+		{0.1, 0.05, 1, 20},   // half of it in each: 1 s at 5 %
+		{2, 1, 1, 8},         // no more than it takes
+		{1, 0.01, 1, 340},
 	} {
 		c := config.Default()
-		c.Budget, c.PartitionBudget, c.BudgetWindow = tc.whole, tc.each, time.Second
-		r, err := Run(t.Context(), all, Options{Config: c, Rate: 1})
-		if err != nil {
-			t.Fatal(err)
+		c.Budget, c.PartitionBudget, c.BudgetWindow = tc.whole, tc.each, time.Minute
+		e := estimate{Options: Options{Config: c}, cpu: time.Duration(tc.cpu * float64(time.Second))}
+		for _, id := range []string{"a", "b"} {
+			e.containers = append(e.containers, inventory.Container{Container: engine.Container{ID: id}, Sandbox: config.Sandbox{ID: id}})
+			e.report.Containers = append(e.report.Containers, Container{Offered: pageSize})
 		}
-		// Each of the two has half of it.
-		want := (r.FirstMerge.CPUSeconds - tc.most) / tc.most
-		if got := r.FirstMerge.Seconds; got < want*0.98 || got > want*1.02 {
-			t.Errorf("%+v: %v s of CPU time take %v s, want %v", tc, r.FirstMerge.CPUSeconds, got, want)
+		e.cost()
+		if got := e.report.FirstMerge; math.Abs(got.CPUSeconds-byKsmd*tc.cpu) > 1e-9 || math.Abs(got.Seconds-tc.want) > 1e-9 {
+			t.Errorf("%+v: got %+v", tc, got)
 		}
 	}
 }

@@ -32,8 +32,8 @@ type Report struct {
 	// Policies are in the order from the narrowest to the widest, which is that of the
 	// whole node.
 	Policies []Policy `json:"policies"`
-	// FirstMerge is about what the first merge of all takes, by what it took to read the same
-	// memory.
+	// FirstMerge is what the first merge of all takes: about that by ksmd, and less by a kernel
+	// with the series. It is told by what it took to read the same memory.
 	FirstMerge Cost `json:"first_merge"`
 	// Own is what this took.
 	Own Own `json:"own"`
