@@ -62,6 +62,7 @@ func TestAttack(t *testing.T) {
 		t.Run("same partition", r.samePartition)
 		t.Run("victim kept out", r.victimKeptOut)
 		t.Run("attacker kept out", r.attackerKeptOut)
+		t.Run("numbers used again", r.numbersUsedAgain)
 	}
 	r.judge(t)
 }
@@ -129,6 +130,13 @@ func (r *record) victimKeptOut(t *testing.T) {
 	n.wantKeptOut(v)
 	merge()
 	r.attack(t, "... after a restart", calibrated, a, v)
+	merge()
+	n.remove(v)
+	n.remove(a)
+	n.forgotten(v, a)
+	// The partition ends with the last process of its own, and what is merged until then is
+	// that one's.
+	r.attack(t, "... removed", calibrated, a, v)
 }
 
 // attackerKeptOut has them in two pods, of which the victim's has the merge space, and

@@ -334,6 +334,9 @@ func (n *node) unmerge() {
 	})
 }
 
+// errUnknown says that the engine does not know a container.
+var errUnknown = errors.New("the engine does not know it")
+
 // status is what the engine has of a container, and of its partition.
 func (n *node) status(c *container) (engine.ContainerStatus, engine.PartitionStatus, error) {
 	r, err := n.report()
@@ -347,7 +350,20 @@ func (n *node) status(c *container) (engine.ContainerStatus, engine.PartitionSta
 			}
 		}
 	}
-	return engine.ContainerStatus{}, engine.PartitionStatus{}, fmt.Errorf("the engine does not know %s", c.name)
+	return engine.ContainerStatus{}, engine.PartitionStatus{}, fmt.Errorf("%s: %w", c.name, errUnknown)
+}
+
+// forgotten waits until the engine does not know containers any more.
+func (n *node) forgotten(containers ...*container) {
+	n.t.Helper()
+	poll(n.t, func() error {
+		for _, c := range containers {
+			if _, _, err := n.status(c); !errors.Is(err, errUnknown) {
+				return fmt.Errorf("%s is still there: %w", c.name, err)
+			}
+		}
+		return nil
+	})
 }
 
 // wantKeptOut waits until the engine keeps a container's partition out.
