@@ -51,7 +51,7 @@ func TestRunner(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Setenv(asVM, "1")
-	for only, fails := range map[string]bool{"merge": false, "merge,again": true} {
+	for only, fails := range map[string]bool{"merge": false, "watch": false, "merge,again": true} {
 		r := runner{quick: true, vm: self, out: t.TempDir(), only: only}
 		if err := r.run(t.Context()); (err != nil) != fails {
 			t.Errorf("%s: %v", only, err)
@@ -119,8 +119,8 @@ func checkSamples(t *testing.T, out *bytes.Buffer) {
 		if err := lines.Decode(&l); err != nil {
 			t.Fatal(err)
 		}
-		if l.Output != nil {
-			if l.Output.Name == "" || l.Output.Text == "" {
+		if l.Sample == nil {
+			if l.Output == nil || l.Output.Name == "" || l.Output.Text == "" {
 				t.Errorf("%+v", l.Output)
 			}
 			outputs++
@@ -194,6 +194,20 @@ func TestReadme(t *testing.T) {
 		}
 		if !strings.Contains(string(readme), "```\n"+table.String()+"```\n") {
 			t.Errorf("the README has not this table:\n%s", table.String())
+		}
+	}
+}
+
+// A line of the log is folded where a field ends.
+func TestFold(t *testing.T) {
+	long := strings.Repeat("x", result.Width)
+	for line, want := range map[string]string{
+		`{"a":"b"}`: `{"a":"b"}` + "\n",
+		`{"a":"` + long[:70] + `","b":1,"c":[2,3]}`: `{"a":"` + long[:70] + `",` + "\n" + ` "b":1,"c":[2,3]}` + "\n",
+		`{"a":1,"b":"` + long + `","c":2}`:          `{"a":1,` + "\n" + ` "b":"` + long + `",` + "\n" + ` "c":2}` + "\n",
+	} {
+		if got := fold(line); got != want {
+			t.Errorf("got\n%swant\n%s", got, want)
 		}
 	}
 }

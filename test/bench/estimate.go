@@ -56,6 +56,9 @@ func (g *guest) estimatedOf(ctx context.Context, equal int) (err error) {
 		s.Variant = flatOut
 		t, err = c.byKsmd(ctx, c.saving())
 	}
+	if err != nil {
+		return err
+	}
 	s.Value = t.cpu.Seconds() / gib
-	return errors.Join(err, g.sample(s))
+	return g.sample(s)
 }

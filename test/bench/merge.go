@@ -108,8 +108,11 @@ func (g *guest) partitioned(ctx context.Context) (err error) {
 		s := result.Sample{Figure: "partitions", Case: onePartition, Variant: flatOut, X: 1}
 		if !g.selective {
 			took, err := c.byKsmd(ctx, g.pairs*c.pages)
+			if err != nil {
+				return err
+			}
 			s.Value = took.cpu.Seconds()
-			if err := errors.Join(err, g.sample(s)); err != nil {
+			if err := g.sample(s); err != nil {
 				return err
 			}
 			continue

@@ -29,6 +29,12 @@ func (g *guest) outputs(ctx context.Context) error {
 // outputsOn does so but for the demo, which has a containerd of its own.
 func (g *guest) outputsOn(ctx context.Context, n *node.Node) (err error) {
 	program := filepath.Join(g.bin, product)
+	var containers []*node.Container
+	defer func() {
+		for _, c := range containers {
+			err = errors.Join(err, c.Close())
+		}
+	}()
 	var ids []string
 	for _, name := range []string{"bank", "shop"} {
 		pod, err := n.RunPod(ctx, name)
@@ -40,7 +46,7 @@ func (g *guest) outputsOn(ctx context.Context, n *node.Node) (err error) {
 			if err != nil {
 				return err
 			}
-			defer func() { err = errors.Join(err, c.Close()) }()
+			containers = append(containers, c)
 			ids = append(ids, c.ID)
 		}
 	}
@@ -64,7 +70,7 @@ func (g *guest) outputsOn(ctx context.Context, n *node.Node) (err error) {
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, c.Close()) }()
+	containers = append(containers, c)
 	lines, err := p.Merged(ctx, time.Time{}, ids...)
 	if err != nil {
 		return err

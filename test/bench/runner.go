@@ -45,7 +45,8 @@ var (
 		{selective, []string{"merge", "partitions", "memory", "again", "estimate", "stall", "start"}},
 		{stock, []string{"merge", "partitions", "memory", "again", "estimate", "stall", "start"}},
 	}
-	// watch are side by side: for most of the time each does next to nothing.
+	// watch are side by side, as it takes ten minutes each time: the advisor takes a third of
+	// a CPU, and the others next to nothing for most of it.
 	watch = []boot{
 		{selective, []string{"watch"}},
 		{stock, []string{"watch"}},
@@ -129,7 +130,7 @@ func (r *runner) sideBySide(ctx context.Context, turn int, all []boot) error {
 	return errors.Join(errs...)
 }
 
-// take keeps what was measured in one of the boots that alternate.
+// take keeps what was measured in a boot.
 func (r *runner) take(turn int, lines []result.Line) {
 	for _, l := range lines {
 		if l.Sample != nil {
@@ -170,6 +171,10 @@ func (r *runner) boot(ctx context.Context, b boot) (all []result.Line, err error
 		var l result.Line
 		if decodeErr := lines.Decode(&l); decodeErr != nil {
 			err = errors.Join(err, decodeErr)
+			break
+		}
+		if l.Sample == nil && l.Output == nil {
+			err = errors.Join(err, errors.New("a line has neither a sample nor an output"))
 			break
 		}
 		all = append(all, l)

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -109,7 +110,7 @@ func (g *guest) stalledByEstimate(ctx context.Context) error {
 		}
 		return again(ctx, func(ctx context.Context) error {
 			_, err := estimate.Run(ctx, all, estimate.Options{Config: config.Default(), Rate: 1})
-			return errors.Join(err, ctx.Err())
+			return cmp.Or(err, ctx.Err())
 		}), nil
 	}, func(p *prober) { pids = append(pids, p.cmd.Process.Pid) })
 }
