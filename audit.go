@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/signal"
 	"slices"
+	"strings"
 	"syscall"
 
 	"github.com/selective-ksm/selective-ksm/config"
@@ -39,16 +40,16 @@ func runAudit(args []string) error {
 	if err := parse(flags, args); err != nil {
 		return err
 	}
-	policy, err := load(path)
-	if err != nil {
-		return err
-	}
 	scopes := []config.Scope{config.ScopeContainer, config.ScopePod, config.ScopeGroup, config.ScopeNamespace}
 	switch {
 	case by != "" && !slices.Contains(scopes, config.Scope(by)):
 		return fmt.Errorf("audit: -by %s: write container, pod, group or namespace: %w", by, errUsage)
 	case os.Geteuid() != 0:
 		return fmt.Errorf("audit: %w: %w", errBlind, errNotRoot)
+	}
+	policy, err := load(path)
+	if err != nil {
+		return fmt.Errorf("audit: %w: %w", errBlind, err)
 	}
 	if by != "" {
 		policy.PartitionBy = config.Scope(by)
@@ -64,10 +65,15 @@ func runAudit(args []string) error {
 	} else {
 		showAudit(os.Stdout, report)
 	}
+	return errors.Join(verdict(report, strict), err)
+}
+
+// verdict is what the exit status tells of a report.
+func verdict(report audit.Report, strict bool) error {
 	if len(report.Crossings) > 0 || strict && len(report.Outside) > 0 {
-		return errors.Join(err, fmt.Errorf("audit: %w", errCrossed))
+		return fmt.Errorf("audit: %w", errCrossed)
 	}
-	return err
+	return nil
 }
 
 // looks is how often is looked again if containers changed their partitions meanwhile, or
@@ -82,6 +88,10 @@ func auditNow(ctx context.Context, policy config.Config, byPolicy bool) (audit.R
 		all, err := inventory.Find(ctx, engine.RunDir)
 		if err != nil {
 			return audit.Report{}, err
+		}
+		if len(all.Missing) > 0 && !byPolicy {
+			// What it has merged is not known.
+			return audit.Report{}, errors.New(strings.Join(all.Missing, "; ") + ": stop it, or write -by for the partitions of a policy")
 		}
 		all.Engine = all.Engine && !byPolicy
 		partition := partitionBy(all.Engine, policy)

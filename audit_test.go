@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"os"
 	"testing"
 
@@ -8,6 +9,25 @@ import (
 	"github.com/selective-ksm/selective-ksm/engine/audit"
 	"github.com/selective-ksm/selective-ksm/hooks/inventory"
 )
+
+// What crosses a border always counts, and what is outside of all where it is asked for.
+func TestVerdict(t *testing.T) {
+	one := []audit.Crossing{{}}
+	for _, tc := range []struct {
+		report  audit.Report
+		strict  bool
+		crossed bool
+	}{
+		{audit.Report{}, true, false},
+		{audit.Report{Crossings: one}, false, true},
+		{audit.Report{Outside: one}, false, false},
+		{audit.Report{Outside: one}, true, true},
+	} {
+		if err := verdict(tc.report, tc.strict); errors.Is(err, errCrossed) != tc.crossed {
+			t.Errorf("%+v, strict %v: %v", tc.report, tc.strict, err)
+		}
+	}
+}
 
 // What has changed while it was looked at is no proof of anything.
 func TestMovedTo(t *testing.T) {
