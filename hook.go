@@ -94,15 +94,28 @@ func runHook(args []string) error {
 	return nil
 }
 
+// logPatience is how long the system's log may take for a line: it may hang, and has a
+// socket that fills then.
+const logPatience = 200 * time.Millisecond
+
 // failed says in a line why a hook could not do its work, and returns its exit status:
 // a runtime takes any but 0 for the container's failure.
 func failed(err error, strict bool) int {
-	if w, missing := syslog.New(syslog.LOG_DAEMON|syslog.LOG_WARNING, "selective-ksm"); missing == nil {
-		// Standard error has it too.
-		_ = w.Warning(err.Error())
-		w.Close()
+	line := strings.ReplaceAll(err.Error(), "\n", "; ")
+	complain(errors.New(line))
+	logged := make(chan struct{})
+	go func() {
+		defer close(logged)
+		if w, missing := syslog.New(syslog.LOG_DAEMON|syslog.LOG_WARNING, "selective-ksm"); missing == nil {
+			// Standard error has it already.
+			_ = w.Warning(line)
+			w.Close()
+		}
+	}()
+	select {
+	case <-logged:
+	case <-time.After(logPatience): // the program ends, and that with it
 	}
-	complain(err)
 	if strict {
 		return exitFailed
 	}
@@ -111,12 +124,6 @@ func failed(err error, strict bool) int {
 
 // runStage is a hook. It reports whether a failure is to be the container's.
 func runStage(stage hooks.Stage, args []string) (strict bool, err error) {
-	// A program that panics fails the container.
-	defer func() {
-		if p := recover(); p != nil {
-			err = fmt.Errorf("panic: %v", p)
-		}
-	}()
 	var path string
 	var deadline time.Duration
 	// The caller puts the stage before it, as before every error.
@@ -143,17 +150,30 @@ func runStage(stage hooks.Stage, args []string) (strict bool, err error) {
 	if os.Geteuid() != 0 {
 		return strict, errNotRoot
 	}
-	return strict, hooks.Run(ctx, stage, input{ctx}, hooks.Options{
-		Dir:    engine.RunDir,
-		Policy: cfg,
-		Spawn: func(containerID string) error {
-			self, err := os.Executable()
-			if err != nil {
-				return err
-			}
-			return hooks.Detach(self, "hook", worker, "-config", path, containerID)
-		},
+	return strict, withoutPanic(func() error {
+		return hooks.Run(ctx, stage, input{ctx}, hooks.Options{
+			Dir:    engine.RunDir,
+			Policy: cfg,
+			Spawn: func(containerID string) error {
+				self, err := os.Executable()
+				if err != nil {
+					return err
+				}
+				// An id may begin with a dash.
+				return hooks.Detach(self, "hook", worker, "-config", path, "--", containerID)
+			},
+		})
 	})
+}
+
+// withoutPanic makes an error of a panic, which would fail the container.
+func withoutPanic(do func() error) (err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			err = fmt.Errorf("panic: %v", p)
+		}
+	}()
+	return do()
 }
 
 // input is standard input, as long as a context has not ended: a runtime may not close it.
@@ -284,8 +304,9 @@ func runInstall(args []string) error {
 	if err := parse(flags, args); err != nil {
 		return err
 	}
-	if deadline <= 0 || deadline >= hooksd.Timeout {
-		return fmt.Errorf("hook install: -deadline %v: write a time shorter than the %v that the runtime gives a hook: %w", deadline, hooksd.Timeout, errUsage)
+	// A hook that hangs ends after twice that.
+	if deadline <= 0 || deadline >= hooksd.Timeout/2 {
+		return fmt.Errorf("hook install: -deadline %v: write a time shorter than %v, half of what the runtime gives a hook: %w", deadline, hooksd.Timeout/2, errUsage)
 	}
 	var err error
 	if o.Binary, err = os.Executable(); err != nil {

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"errors"
 	"os"
 	"path/filepath"
 	"strings"
@@ -11,6 +12,25 @@ import (
 
 	"github.com/selective-ksm/selective-ksm/config"
 )
+
+func TestWithoutPanic(t *testing.T) {
+	if err := withoutPanic(func() error { panic("at something") }); err == nil || err.Error() != "panic: at something" {
+		t.Errorf("got %v", err)
+	}
+	if err := withoutPanic(func() error { return nil }); err != nil {
+		t.Error(err)
+	}
+}
+
+// A hook that hangs ends before the runtime ends it.
+func TestInstallDeadline(t *testing.T) {
+	dir := t.TempDir()
+	for deadline, refused := range map[string]bool{"0s": true, "59s": false, "1m": true} {
+		if err := runInstall([]string{"-dir", dir, "-deadline", deadline}); errors.Is(err, errUsage) != refused || err != nil && !refused {
+			t.Errorf("%s: %v", deadline, err)
+		}
+	}
+}
 
 // What a worker says is in the file that is named for it, or else in the system's log: also
 // that the file cannot be had.

@@ -6,11 +6,15 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -143,9 +147,9 @@ func (n *node) merged(name string) string {
 }
 
 // daemon runs the daemon until the test ends, or the function is called.
-func (n *node) daemon(t testing.TB) (stop func()) {
+func (n *node) daemon(t testing.TB, args ...string) (stop func()) {
 	t.Helper()
-	cmd := exec.Command(product, "daemon", "-config", n.config)
+	cmd := exec.Command(product, append([]string{"daemon", "-config", n.config}, args...)...)
 	var said strings.Builder
 	cmd.Stderr = &said
 	if err := cmd.Start(); err != nil {
@@ -194,22 +198,8 @@ func (n *node) accept(t *testing.T, listener *workloads.Listener, name, tenant s
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { conn.Close() })
-	c := &running{name: name, tenant: tenant, data: conn.Hello, conn: conn}
-	// Who has these data at this place is the one who said so last: all others are known.
-	for _, pid := range processes(t, "workload") {
-		if !slices.Contains(seen, pid) {
-			c.pid = pid
-			seen = append(seen, pid)
-		}
-	}
-	if c.pid == 0 {
-		t.Fatalf("%s has no process", name)
-	}
-	return c
+	return &running{name: name, tenant: tenant, pid: conn.Peer, data: conn.Hello, conn: conn}
 }
-
-// seen are the processes that are known.
-var seen []int
 
 // processes are those of a name.
 func processes(t testing.TB, name string) []int {
@@ -290,8 +280,11 @@ func (n *node) clean(t testing.TB) {
 		} else if err == nil && len(files) > 0 {
 			err = fmt.Errorf("files %v", files)
 		}
-		if err != nil || n.mainline {
+		if err != nil {
 			return err
+		}
+		if n.mainline {
+			return n.nothingMerged(t)
 		}
 		partitions, err := partition.List()
 		if err == nil && len(partitions) > 0 {
@@ -299,6 +292,23 @@ func (n *node) clean(t testing.TB) {
 		}
 		return err
 	})
+}
+
+// nothingMerged returns an error if a partition has the merge space of an unpatched kernel.
+func (n *node) nothingMerged(t testing.TB) error {
+	t.Helper()
+	report, err := control.Ask(t.Context(), engine.RunDir)
+	if err == nil && len(report.Partitions) > 0 {
+		return fmt.Errorf("partitions %+v", report.Partitions)
+	}
+	if err != nil && !errors.Is(err, control.ErrNoEngine) {
+		return err
+	}
+	// Nobody else has anything merged here.
+	if merged, err := os.ReadFile("/sys/kernel/mm/ksm/pages_sharing"); err != nil || string(merged) != "0\n" {
+		return fmt.Errorf("pages are merged: %s, %w", merged, err)
+	}
+	return nil
 }
 
 // ended waits until no engine runs any more.
@@ -423,25 +433,103 @@ func TestMany(t *testing.T) {
 			pods = append(pods, r.pod(t, fmt.Sprint("hooks-pod", i)))
 		}
 		// A runtime is given what it needs for a container before it is asked for many.
-		each := make([]func() error, many)
-		for i := range each {
-			each[i] = r.brief(t, fmt.Sprint("hooks-many", i), pods[i%len(pods)], i%2 == 0)
+		lives := make([]life, many)
+		for i := range lives {
+			lives[i] = r.brief(t, fmt.Sprint("hooks-many", i), pods[i%len(pods)], i%2 == 0)
 		}
-		var working sync.WaitGroup
-		failed := make(chan error, many)
-		for _, life := range each {
+		// One half ends as soon as it has started, the other after a look at it.
+		var working, started sync.WaitGroup
+		failed, looked := make(chan error, many), make(chan struct{})
+		release := sync.OnceFunc(func() { close(looked) })
+		defer working.Wait()
+		defer release()
+		for i, l := range lives {
+			waits := i < many/2
+			if waits {
+				started.Add(1)
+			}
 			working.Go(func() {
-				if err := life(); err != nil {
+				err := l.start()
+				if err != nil {
+					failed <- err
+				}
+				if waits {
+					started.Done()
+					<-looked
+				}
+				if err != nil {
+					return
+				}
+				if err := l.end(); err != nil {
 					failed <- err
 				}
 			})
 		}
+		started.Wait()
+		if len(failed) == 0 {
+			within(t, "containers of all pods run, and are merged where they can be", func() (err error) {
+				seen, merged := look(t)
+				if seen != len(pods) || merged == 0 && !n.mainline {
+					err = fmt.Errorf("those of %d of %d pods do, and have %d merged pages in common", seen, len(pods), merged)
+				}
+				return err
+			})
+		}
+		release()
 		working.Wait()
 		close(failed)
 		for err := range failed {
 			t.Error(err)
 		}
 	})
+}
+
+// podVariable is what tells, in a container's environment, of which pod it is.
+const podVariable = "TEST_POD"
+
+// look looks at all containers that run, and fails the test if two of different pods share a
+// page. It returns how many pods there are, and how many merged pages the first two containers
+// of one have in common.
+func look(t *testing.T) (pods, merged int) {
+	t.Helper()
+	var all []border.Process
+	pids := map[string][]int{}
+	for _, pid := range processes(t, "workload") {
+		environ, err := os.ReadFile(fmt.Sprintf("/proc/%d/environ", pid))
+		if err != nil {
+			continue // it has ended
+		}
+		for variable := range strings.SplitSeq(string(environ), "\x00") {
+			if pod, ok := strings.CutPrefix(variable, podVariable+"="); ok {
+				all = append(all, border.Process{Tenant: pod, Name: fmt.Sprint(pid), PID: pid})
+				pids[pod] = append(pids[pod], pid)
+			}
+		}
+	}
+	crossings, err := border.Crossings(all...)
+	if err != nil {
+		t.Error(err)
+	}
+	for _, c := range crossings {
+		t.Error(c)
+	}
+	for _, of := range pids {
+		var memory [][]pages.Page
+		for _, pid := range of {
+			if all, err := pages.All(pid); err == nil { // or it has ended
+				memory = append(memory, all)
+			}
+		}
+		if len(memory) < 2 {
+			continue
+		}
+		n, err := pages.Merged(memory[0], memory[1])
+		if err != nil {
+			t.Error(err)
+		}
+		merged += n
+	}
+	return len(pids), merged
 }
 
 // Engines come and go under containers: a daemon takes over from a worker, and workers
@@ -531,6 +619,85 @@ func TestLeftOut(t *testing.T) {
 	n.clean(t)
 }
 
+// The daemon merges what hooks tell of by its schedule, and tells of it.
+func TestSchedule(t *testing.T) {
+	n := newNode(t)
+	if _, err := exec.LookPath("runc"); err != nil {
+		missing.Skip(t, "%v", err)
+	}
+	content, err := os.ReadFile(n.config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	const atStart = "startDelays: [0s, 3s, 10s, 30s, 90s]\n"
+	changed := strings.Replace(string(content), atStart, "startDelays: []\ninterval: 1s\nmaxInterval: 1s\n", 1)
+	if changed == string(content) {
+		t.Fatalf("the configuration has not %s", atStart)
+	}
+	if err := os.WriteFile(n.config, []byte(changed), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	free, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	address := free.Addr().String()
+	if err := free.Close(); err != nil {
+		t.Fatal(err)
+	}
+	n.daemon(t, "-metrics", address)
+	r := &bundles{hooks: n.hooks, control: n.control, runtime: n.merged("runc")}
+	pod := r.pod(t, "hooks-shop")
+	a, b := n.run(t, r, "hooks-a", pod), n.run(t, r, "hooks-b", pod)
+	merge(t, a, b)
+
+	within(t, "status tells of it", func() error {
+		if status := command(t, product, "status"); !strings.Contains(status, "2 containers in 1 partition, 0 not merged") {
+			return errors.New(status)
+		}
+		return nil
+	})
+	merges := regexp.MustCompile(`(?m)^selective_ksm_partition_merge_duration_seconds_count\{partition="sksm-pod-.*"\} (\d+)$`)
+	count := func() (sum int, err error) {
+		ctx, cancel := context.WithTimeout(t.Context(), patience)
+		defer cancel()
+		request, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+address+"/metrics", nil)
+		if err != nil {
+			return 0, err
+		}
+		answer, err := http.DefaultClient.Do(request)
+		if err != nil {
+			return 0, err
+		}
+		defer answer.Body.Close()
+		text, err := io.ReadAll(answer.Body)
+		found := merges.FindAllStringSubmatch(string(text), -1)
+		if err == nil && found == nil {
+			err = fmt.Errorf("no merge in\n%s", text)
+		}
+		for _, m := range found {
+			n, _ := strconv.Atoi(m[1])
+			sum += n
+		}
+		return sum, err
+	}
+	first := 0
+	within(t, "metrics tell of merges", func() (err error) {
+		first, err = count()
+		return err
+	})
+	within(t, "there are more merges", func() error {
+		now, err := count()
+		if err == nil && now <= first {
+			err = fmt.Errorf("there are %d", now)
+		}
+		return err
+	})
+	r.stop(t, "hooks-a", false)
+	r.stop(t, "hooks-b", true)
+	n.clean(t)
+}
+
 // The daemon takes another configuration whole, also for a container that runs, or not
 // at all.
 func TestReload(t *testing.T) {
@@ -599,8 +766,30 @@ func TestReload(t *testing.T) {
 	n.clean(t)
 }
 
-// late is long after any hook's deadline, and less than whoever does not know of one waits.
-const late = 8 * time.Second
+// late is long after any hook's deadline, of two seconds at most, and less than whoever does
+// not know of one waits.
+func (n *node) late() time.Duration {
+	if n.mainline {
+		return 3 * time.Second // the machine itself, where nothing is emulated
+	}
+	return 8 * time.Second
+}
+
+// Hooks are installed for containers with an annotation, and taken away again.
+func TestInstall(t *testing.T) {
+	n := newNode(t)
+	dir := filepath.Join(t.TempDir(), "hooks.d")
+	const wanted = "selective-ksm.dev/merge=yes"
+	command(t, product, "hook", "install", "-dir", dir, "-config", n.config, "-annotation", wanted)
+	command(t, product, "hook", "validate", "-dir", dir, "-annotation", wanted)
+	if said, err := try(product, "hook", "validate", "-dir", dir); err == nil {
+		t.Errorf("a container without the annotation: %s", said)
+	}
+	command(t, product, "hook", "uninstall", "-dir", dir)
+	if left, err := os.ReadDir(dir); err != nil || len(left) > 0 {
+		t.Errorf("left are %v, %v", left, err)
+	}
+}
 
 // A hook that cannot do its work says why in a line, in time, and is no failure of the
 // container, unless it is told to be.
@@ -654,7 +843,7 @@ func TestFailures(t *testing.T) {
 			if status != 0 || line != tc.want {
 				t.Errorf("status %d, and it says\n\t%swant\n\t%s", status, line, tc.want)
 			}
-			if took > late {
+			if took > n.late() {
 				t.Errorf("took %v", took)
 			}
 			if status, line, _ := hook(t, tc.stdin, append(tc.args, "-strict")...); status != 1 || line != tc.want {
@@ -674,7 +863,7 @@ func TestFailures(t *testing.T) {
 		if err := n.process.Signal(syscall.SIGCONT); err != nil {
 			t.Fatal(err)
 		}
-		if status != 0 || !strings.HasPrefix(line, "selective-ksm: hook createRuntime: ") || strings.Count(line, "\n") != 1 || took > late {
+		if status != 0 || !strings.HasPrefix(line, "selective-ksm: hook createRuntime: ") || strings.Count(line, "\n") != 1 || took > n.late() {
 			t.Errorf("status %d after %v, and it says\n\t%s", status, took, line)
 		}
 		end()
@@ -690,6 +879,28 @@ func TestFailures(t *testing.T) {
 			return err
 		})
 		stop()
+	})
+	t.Run("id like a flag", func(t *testing.T) {
+		const id = "-hooks"
+		pid, end := waiting(t, id)
+		bundle := write(t, (&bundles{hooks: n.hooks}).config(t, "/", "", nil))
+		state := fmt.Sprintf(`{"ociVersion":"1.0.2","id":%q,"status":"creating","pid":%d,"bundle":%q}`, id, pid, bundle)
+		if status, line, _ := hook(t, state, "createRuntime", "-config", n.config, "-strict"); status != 0 {
+			t.Errorf("status %d, and it says\n\t%s", status, line)
+		}
+		within(t, "a worker has it", func() error {
+			log, err := os.ReadFile(n.log)
+			if err == nil && !strings.Contains(string(log), `msg="worker started" container_id=`+id) {
+				err = fmt.Errorf("the log is\n%s", log)
+			}
+			return err
+		})
+		end()
+		if status, line, _ := hook(t, state, "poststop", "-config", n.config, "-strict"); status != 0 {
+			t.Errorf("poststop: status %d, and it says\n\t%s", status, line)
+		}
+		n.clean(t)
+		ended(t)
 	})
 	t.Run("left out", func(t *testing.T) {
 		// Nothing is wrong with it.

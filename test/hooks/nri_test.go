@@ -60,7 +60,6 @@ func TestNRI(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer web.Close()
-	seen = append(seen, web.PID)
 
 	r := &bundles{hooks: n.hooks, control: n.control, runtime: "runc"}
 	n.run(t, r, "hooks-a", "hooks-bank")

@@ -25,14 +25,17 @@ type runtime interface {
 	pod(t testing.TB, name string) string
 	// start starts the workload in a container of a pod, or of none, and returns its id.
 	start(t testing.TB, name, pod string, args ...string) string
-	// brief returns what starts a container that waits, and then stops and deletes it. It
-	// may be called at the same time as others.
-	brief(t testing.TB, name, pod string, kill bool) func() error
+	// brief returns what starts a container that waits, and what stops and deletes it. Both
+	// may be called at the same time as those of others.
+	brief(t testing.TB, name, pod string, kill bool) life
 	// restart stops a container, and starts it again.
 	restart(t testing.TB, name string)
 	// stop stops a container, by a signal that it gets or by SIGKILL, and deletes it.
 	stop(t testing.TB, name string, kill bool)
 }
+
+// life is that of a container.
+type life struct{ start, end func() error }
 
 // command runs a command that must work, and returns what it says.
 func command(t testing.TB, name string, args ...string) string {
@@ -87,7 +90,7 @@ func rootfs(t testing.TB, dir string) string {
 
 // podman is podman, with the hooks in a directory.
 type podman struct {
-	hooks   string
+	hooks   string // empty if those of its own configuration are to be called
 	runtime string // of the containers that are started next
 	control string
 	native  bool
@@ -100,7 +103,11 @@ func (p *podman) run(t testing.TB, args ...string) string {
 }
 
 func (p *podman) global() []string {
-	return []string{"--runtime", p.runtime, "--cgroup-manager", "cgroupfs", "--hooks-dir", p.hooks, "--log-level", "error"}
+	args := []string{"--runtime", p.runtime, "--cgroup-manager", "cgroupfs", "--log-level", "error"}
+	if p.hooks != "" {
+		args = append(args, "--hooks-dir", p.hooks)
+	}
+	return args
 }
 
 func (p *podman) pod(t testing.TB, name string) string {
@@ -124,13 +131,13 @@ func (p *podman) args(name, pod, root string) []string {
 		run = append(run, "--ulimit", "nofile=20000:20000", "--ulimit", "nproc=4096:4096")
 	}
 	if pod != "" {
-		run = append(run, "--pod", pod)
+		run = append(run, "--pod", pod, "--env", podVariable+"="+pod)
 	}
 	run = append(run, p.more...)
 	return append(run, "--volume", p.control+":"+p.control, "--rootfs", root, "/workload")
 }
 
-func (p *podman) brief(t testing.TB, name, pod string, kill bool) func() error {
+func (p *podman) brief(t testing.TB, name, pod string, kill bool) life {
 	t.Helper()
 	args := p.args(name, pod, rootfs(t, p.control))
 	t.Cleanup(func() { p.run(t, "rm", "--force", "--time", "1", "--ignore", name) })
@@ -138,8 +145,10 @@ func (p *podman) brief(t testing.TB, name, pod string, kill bool) func() error {
 	if kill {
 		end = []string{"kill", name}
 	}
-	return func() error {
-		return steps("podman", p.global(), args, end, []string{"wait", name}, []string{"rm", name})
+	global := p.global()
+	return life{
+		start: func() error { return steps("podman", global, args) },
+		end:   func() error { return steps("podman", global, end, []string{"wait", name}, []string{"rm", name}) },
 	}
 }
 
@@ -195,6 +204,7 @@ func (b *bundles) config(t testing.TB, root, pod string, args []string) specs.Sp
 		Hooks: installed(t, b.hooks),
 	}
 	if pod != "" {
+		s.Process.Env = append(s.Process.Env, podVariable+"="+pod)
 		s.Annotations = map[string]string{"io.kubernetes.cri.sandbox-id": pod, "io.kubernetes.cri.sandbox-name": pod}
 	}
 	return s
@@ -256,7 +266,7 @@ func write(t testing.TB, s specs.Spec) string {
 	return bundle
 }
 
-func (b *bundles) brief(t testing.TB, name, pod string, kill bool) func() error {
+func (b *bundles) brief(t testing.TB, name, pod string, kill bool) life {
 	t.Helper()
 	bundle, runtime := b.bundle(t, pod, nil), b.runtime
 	t.Cleanup(func() { _, _ = try(runtime, "delete", "--force", name) })
@@ -264,17 +274,17 @@ func (b *bundles) brief(t testing.TB, name, pod string, kill bool) func() error 
 	if kill {
 		signal = "KILL"
 	}
-	return func() error {
-		if err := steps(runtime, nil, []string{"run", "--detach", "--bundle", bundle, name}); err != nil {
-			return err
-		}
-		// The first signal may come before it has a handler.
-		for deadline := time.Now().Add(patience); ; time.Sleep(again) {
-			_, _ = try(runtime, "kill", name, signal)
-			if err := steps(runtime, nil, []string{"delete", name}); err == nil || time.Now().After(deadline) {
-				return err
+	return life{
+		start: func() error { return steps(runtime, nil, []string{"run", "--detach", "--bundle", bundle, name}) },
+		end: func() error {
+			// The first signal may come before it has a handler.
+			for deadline := time.Now().Add(patience); ; time.Sleep(again) {
+				_, _ = try(runtime, "kill", name, signal)
+				if err := steps(runtime, nil, []string{"delete", name}); err == nil || time.Now().After(deadline) {
+					return err
+				}
 			}
-		}
+		},
 	}
 }
 

@@ -13,6 +13,8 @@ import (
 	"net"
 	"path/filepath"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // Hello is the first message of a connection, from the container.
@@ -77,11 +79,14 @@ func (l *Listener) Close() error { return l.l.Close() }
 func (l *Listener) Accept(ctx context.Context) (*Conn, error) {
 	stop := context.AfterFunc(ctx, func() { l.l.SetDeadline(time.Unix(1, 0)) })
 	defer stop()
-	c, err := l.l.Accept()
+	c, err := l.l.AcceptUnix()
 	if err != nil {
 		return nil, fmt.Errorf("wait for the workload: %w", errors.Join(context.Cause(ctx), err))
 	}
 	conn := newConn(c)
+	if conn.Peer, err = peer(c); err != nil {
+		return nil, errors.Join(fmt.Errorf("who is the workload: %w", err), c.Close())
+	}
 	if err := conn.receive(ctx, &conn.Hello); err != nil {
 		return nil, errors.Join(fmt.Errorf("wait for the workload: %w", err), c.Close())
 	}
@@ -92,6 +97,8 @@ func (l *Listener) Accept(ctx context.Context) (*Conn, error) {
 type Conn struct {
 	// Hello is what the container said of itself.
 	Hello Hello
+	// Peer is the number that the process on the other side has here.
+	Peer int
 
 	c   net.Conn
 	in  *json.Decoder
@@ -100,6 +107,20 @@ type Conn struct {
 
 func newConn(c net.Conn) *Conn {
 	return &Conn{c: c, in: json.NewDecoder(c), out: json.NewEncoder(c)}
+}
+
+// peer is the process that has connected.
+func peer(c *net.UnixConn) (pid int, err error) {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return 0, err
+	}
+	var is *unix.Ucred
+	controlErr := raw.Control(func(fd uintptr) { is, err = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) })
+	if err = errors.Join(controlErr, err); err != nil {
+		return 0, err
+	}
+	return int(is.Pid), nil
 }
 
 // Close closes the connection; the program goes on.
