@@ -119,6 +119,7 @@ test-kernel: packages kernel-check kernels tools programs image manifests build/
 # Hooks, on this machine's kernel and in the VM.
 .PHONY: test-hooks
 test-hooks: packages kernel tools build/bin/selective-ksm build/bin/workload build/bin/vm
+	go test -run '^$$' -fuzz '^FuzzState$$' -fuzztime 20s ./hooks
 	go test -count=1 ./test/hooks
 	go test -count=1 -timeout 40m -exec "$(VM) -timeout 35m -env SELECTIVE_KSM_VM=1 --" ./test/hooks
 
@@ -146,8 +147,8 @@ bench-kernel: packages kernel option-off-kernel build/bin/actor build/bin/bench-
 	done; done
 	build/bin/bench-kernel -json $(BENCH)/kernel.json compare $(BENCH)/*-[12].json
 
-# What merging and the plugin take, save and cost, in an hour; QUICK=1 measures less, in
-# minutes, and ONLY=PART,... a part. A table, results.json and charts come to build/bench.
+# What merging and the plugin take, save and cost, in an hour and a half; QUICK=1 measures
+# less, in minutes, and ONLY=PART,... a part. A table, results.json and charts come to build/bench.
 # It fails where a figure is above its limit.
 QUICK :=
 ONLY :=

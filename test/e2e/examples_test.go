@@ -259,6 +259,25 @@ func TestDaemonSet(t *testing.T) {
 		})
 	})
 
+	// An audit as a probe needs a capability more.
+	for _, more := range [][]string{nil, {"SYS_ADMIN"}} {
+		t.Run(fmt.Sprint("audit with ", more), func(t *testing.T) {
+			d := startDaemon(t, n, "base", func(set *manifest.DaemonSet) {
+				set.SecurityContext.Capabilities.Add = append(set.SecurityContext.Capabilities.Add, more...)
+			})
+			shop := run(t, n, nil, "shop", others()...)
+			waitMerged(t, shop.containers[0], shop.containers[1])
+			want := 0
+			if more == nil {
+				want = 3 // it could not look
+			}
+			status, said, err := d.Exec(deadline(t), []string{d.set.StartupProbe.Exec.Command[0], "audit"})
+			if err != nil || int(status) != want {
+				t.Errorf("status %d, %v, want %d\n%s", status, err, want, said)
+			}
+		})
+	}
+
 	// Each capability is needed.
 	for _, capability := range capabilities {
 		t.Run("without "+capability, func(t *testing.T) {
