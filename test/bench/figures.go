@@ -38,7 +38,7 @@ const (
 	maxReconcile = 2    // s
 	maxResident  = 40   // MiB
 	maxIdle      = 0.5  // % of a CPU
-	maxRead      = 4    // MiB/GiB
+	maxRead      = 6    // MiB/GiB
 )
 
 // size is how much is measured.
@@ -158,8 +158,12 @@ func figuresOf(quick bool) []result.Figure {
 			Title: "5. Latency in a process while it is merged, or read, without a pause",
 		},
 		{
-			Name: "create", Unit: "ms", Variant: idlePlugin, Limit: slower, OfRatio: true,
-			Title: "6. What containerd takes to create and start a container",
+			Name: "create-native", Unit: "ms", Variant: idlePlugin, Limit: slower, OfRatio: true,
+			Title: "6. What containerd takes for a container, on the machine itself",
+		},
+		{
+			Name: "create", Unit: "ms", Variant: idlePlugin,
+			Title: "6. What containerd takes to create and start a container, in the VM",
 		},
 		{Name: "answer", Unit: "ms", Limit: maxAnswer, Title: "6. The plugin's slowest answer to the runtime"},
 		{Name: "hook", Unit: "ms", Case: emptyHook, Title: "6. What a hook takes"},

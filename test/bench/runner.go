@@ -150,15 +150,19 @@ func (r *runner) boot(ctx context.Context, b boot) (all []result.Line, err error
 	if len(parts) == 0 || ctx.Err() != nil {
 		return nil, ctx.Err()
 	}
-	fmt.Fprintf(os.Stderr, "%4.0f s  %s: %s\n", time.Since(r.began).Seconds(), b.kernel, strings.Join(parts, ", "))
+	return r.measured(ctx, b.kernel, append(strings.Fields(r.vm),
+		"-kernel", filepath.Join("build/kernel", b.kernel, "bzImage"),
+		"-memory", sizes(r.quick).guest, "-timeout", bootTimeout.String(), "--"), parts...)
+}
+
+// measured has parts measured under a command, if there is one.
+func (r *runner) measured(ctx context.Context, where string, under []string, parts ...string) (all []result.Line, err error) {
+	fmt.Fprintf(os.Stderr, "%4.0f s  %s: %s\n", time.Since(r.began).Seconds(), where, strings.Join(parts, ", "))
 	self, err := os.Executable()
 	if err != nil {
 		return nil, err
 	}
-	args := append(strings.Fields(r.vm),
-		"-kernel", filepath.Join("build/kernel", b.kernel, "bzImage"),
-		"-memory", sizes(r.quick).guest, "-timeout", bootTimeout.String(), "--",
-		self, "measure", fmt.Sprintf("-quick=%t", r.quick))
+	args := append(under, self, "measure", fmt.Sprintf("-quick=%t", r.quick))
 	args = append(args, parts...)
 	cmd := exec.CommandContext(ctx, args[0], args[1:]...)
 	cmd.Cancel = func() error { return cmd.Process.Signal(unix.SIGTERM) }
@@ -180,7 +184,7 @@ func (r *runner) boot(ctx context.Context, b boot) (all []result.Line, err error
 		all = append(all, l)
 	}
 	if err != nil {
-		err = fmt.Errorf("%s, %s: %w", b.kernel, strings.Join(parts, ", "), err)
+		err = fmt.Errorf("%s, %s: %w", where, strings.Join(parts, ", "), err)
 	}
 	return all, err
 }
@@ -220,9 +224,11 @@ var goBenchmarks = []struct {
 	}},
 }
 
-// native runs Go's benchmarks, each several times.
+// native has containerd start containers, and runs Go's benchmarks, each several times.
 func (r *runner) native(ctx context.Context) error {
-	var errs []error
+	lines, err := r.measured(ctx, native, nil, "runtime")
+	r.take(0, lines)
+	errs := []error{err}
 	for _, b := range goBenchmarks {
 		fmt.Fprintf(os.Stderr, "%4.0f s  go test -bench %s %s\n", time.Since(r.began).Seconds(), b.bench, b.pkg)
 		cmd := exec.CommandContext(ctx, "go", "test", "-run", "^$", "-bench", "^Benchmark"+b.bench+"$",
