@@ -173,9 +173,17 @@ func showEstimate(out io.Writer, r estimate.Report) error {
 	fmt.Fprintf(out, "Zero pages: %s were never written and are in none of this; %s were, and are.\n", page.Size(r.Zero), page.Size(r.WrittenZero))
 	fmt.Fprintf(out, "Huge pages: %s, which a merge splits.\n", page.Size(r.Huge))
 	fmt.Fprintf(out, "Merged already: %s, which saves %s.\n", page.Size(r.Merged), page.Size(r.SavedNow))
-	fmt.Fprintf(out, "The first merge takes up to %.2g s of CPU time, and %.2g s within the budget.\n", r.FirstMerge.CPUSeconds, r.FirstMerge.Seconds)
-	fmt.Fprintf(out, "This took %.2g s of CPU time and %s of memory.\n", r.Own.CPUSeconds, page.Size(r.Own.MemoryBytes))
+	fmt.Fprintf(out, "The first merge takes up to %s s of CPU time, and %s s within the budget.\n", twoDigits(r.FirstMerge.CPUSeconds), twoDigits(r.FirstMerge.Seconds))
+	fmt.Fprintf(out, "This took %s s of CPU time and %s of memory.\n", twoDigits(r.Own.CPUSeconds), page.Size(r.Own.MemoryBytes))
 	return nil
+}
+
+// twoDigits is a number for people, without an exponent.
+func twoDigits(v float64) string {
+	if v >= 100 {
+		return fmt.Sprintf("%.0f", v)
+	}
+	return fmt.Sprintf("%.2g", v)
 }
 
 // share is a part of a whole, for people.
