@@ -148,7 +148,8 @@ func (p *podman) brief(t testing.TB, name, pod string, kill bool) life {
 	global := p.global()
 	return life{
 		start: func() error { return steps("podman", global, args) },
-		end:   func() error { return steps("podman", global, end, []string{"wait", name}, []string{"rm", name}) },
+		// Podman forgets after five minutes with what a container has ended, which wait asks for.
+		end: func() error { return steps("podman", global, end, []string{"rm", "--force", "--time", "10", name}) },
 	}
 }
 
@@ -171,7 +172,6 @@ func (p *podman) stop(t testing.TB, name string, kill bool) {
 	t.Helper()
 	if kill {
 		p.run(t, "kill", name)
-		p.run(t, "wait", name)
 	}
 	p.run(t, "rm", "--force", "--time", "10", name)
 }
