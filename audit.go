@@ -65,7 +65,10 @@ func runAudit(args []string) error {
 	} else {
 		showAudit(os.Stdout, report)
 	}
-	return errors.Join(verdict(report, strict), err)
+	if crossed := verdict(report, strict); crossed != nil || err == nil {
+		return errors.Join(crossed, err)
+	}
+	return fmt.Errorf("audit: %w: %w", errBlind, err)
 }
 
 // verdict is what the exit status tells of a report.

@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"os"
+	"path/filepath"
 	"testing"
 
 	"github.com/selective-ksm/selective-ksm/engine"
@@ -26,6 +27,13 @@ func TestVerdict(t *testing.T) {
 		if err := verdict(tc.report, tc.strict); errors.Is(err, errCrossed) != tc.crossed {
 			t.Errorf("%+v, strict %v: %v", tc.report, tc.strict, err)
 		}
+	}
+}
+
+// A configuration that cannot be read is no page across a border.
+func TestBlind(t *testing.T) {
+	if err := runAudit([]string{"-config", filepath.Join(t.TempDir(), "none")}); !errors.Is(err, errBlind) {
+		t.Errorf("got %v, want %v", err, errBlind)
 	}
 }
 

@@ -143,14 +143,14 @@ func runStage(stage hooks.Stage, args []string) (strict bool, err error) {
 	defer time.AfterFunc(2*deadline, func() {
 		os.Exit(failed(fmt.Errorf("hook %s: not done within %v", stage, 2*deadline), strict))
 	}).Stop()
-	cfg, err := load(path)
-	if err != nil {
-		return strict, err
-	}
-	if os.Geteuid() != 0 {
-		return strict, errNotRoot
-	}
 	return strict, withoutPanic(func() error {
+		cfg, err := load(path)
+		if err != nil {
+			return err
+		}
+		if os.Geteuid() != 0 {
+			return errNotRoot
+		}
 		return hooks.Run(ctx, stage, input{ctx}, hooks.Options{
 			Dir:    engine.RunDir,
 			Policy: cfg,

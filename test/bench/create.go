@@ -28,11 +28,16 @@ const (
 
 // runtime measures what a container's creation and start take of containerd's time, with
 // our plugin and with one that hears of the same and does nothing, in turn.
-func (g *guest) runtime(ctx context.Context) error {
+func (g *guest) runtime(ctx context.Context) error { return g.created(ctx, "create") }
+
+// runtimeNative does so on the machine itself.
+func (g *guest) runtimeNative(ctx context.Context) error { return g.created(ctx, "create-native") }
+
+func (g *guest) created(ctx context.Context, figure string) error {
 	const timeout = 20 * time.Minute
 	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
-	return g.withNode(ctx, func(n *node.Node) error { return g.createOn(ctx, n) })
+	return g.withNode(ctx, func(n *node.Node) error { return g.createOn(ctx, n, figure) })
 }
 
 // withNode calls f while containerd runs.
@@ -45,7 +50,7 @@ func (g *guest) withNode(ctx context.Context, f func(*node.Node) error) (err err
 	return f(n)
 }
 
-func (g *guest) createOn(ctx context.Context, n *node.Node) error {
+func (g *guest) createOn(ctx context.Context, n *node.Node, figure string) error {
 	self, err := os.Executable()
 	if err != nil {
 		return err
@@ -82,7 +87,7 @@ func (g *guest) createOn(ctx context.Context, n *node.Node) error {
 			if err != nil {
 				return err
 			}
-			if err := errors.Join(g.createWith(ctx, n, variant.name, count), p.Stop()); err != nil {
+			if err := errors.Join(g.createWith(ctx, n, figure, variant.name, count), p.Stop()); err != nil {
 				return err
 			}
 		}
@@ -92,16 +97,12 @@ func (g *guest) createOn(ctx context.Context, n *node.Node) error {
 
 // createWith creates and starts containers in a pod, and tells what each took, but for the
 // first.
-func (g *guest) createWith(ctx context.Context, n *node.Node, variant string, count int) (err error) {
+func (g *guest) createWith(ctx context.Context, n *node.Node, figure, variant string, count int) (err error) {
 	pod, err := n.RunPod(ctx, "bench")
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, pod.Remove(ctx)) }()
-	figure := "create"
-	if !g.selective {
-		figure = "create-native"
-	}
 	for i := range count + 1 {
 		began := time.Now()
 		created, err := n.CRI().CreateContainer(ctx, &cri.CreateContainerRequest{

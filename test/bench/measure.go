@@ -45,6 +45,7 @@ var parts = map[string]func(*guest, context.Context) error{
 	"runtime":    (*guest).runtime,
 	"node":       (*guest).node,
 	"outputs":    (*guest).outputs,
+	native:       (*guest).runtimeNative,
 }
 
 func measure(ctx context.Context, quick bool, names []string) error {

@@ -61,7 +61,7 @@ var (
 	once = []boot{{selective, []string{"runtime", "outputs"}}}
 )
 
-// native is the part that runs on the machine itself.
+// native is what runs on the machine itself.
 const native = "native"
 
 // runner runs all benchmarks.
@@ -226,7 +226,7 @@ var goBenchmarks = []struct {
 
 // native has containerd start containers, and runs Go's benchmarks, each several times.
 func (r *runner) native(ctx context.Context) error {
-	lines, err := r.measured(ctx, native, nil, "runtime")
+	lines, err := r.measured(ctx, "the machine itself", nil, native)
 	r.take(0, lines)
 	errs := []error{err}
 	for _, b := range goBenchmarks {

@@ -88,7 +88,7 @@ type Output struct {
 	Text string `json:"text"`
 }
 
-// A Line is what a measurement in the VM prints: one of these.
+// A Line is what a measurement prints: one of these.
 type Line struct {
 	Sample *Sample `json:"sample,omitempty"`
 	Output *Output `json:"output,omitempty"`
