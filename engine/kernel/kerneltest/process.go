@@ -86,8 +86,8 @@ func hold(n int) error {
 			region.Write(0, n, 1)
 		case "change": // to what no other has
 			region.Write(0, n, uint64(os.Getpid()))
-		case "zeroes": // as many pages more, written to
-			err = touch(n*memory.PageSize, 0)
+		case "zeroes": // as many pages more, written to; of a huge page nobody knows which were
+			err = touch(n*memory.PageSize, unix.MADV_NOHUGEPAGE)
 		case "huge": // one huge page more, if the kernel has one
 			err = touch(2*hugePage, unix.MADV_HUGEPAGE)
 		case "spawn": // one more that holds
@@ -110,13 +110,14 @@ func hold(n int) error {
 // hugePage is the size of one, on x86-64.
 const hugePage = 2 << 20
 
-// touch maps memory of zeroes, advises on it unless the advice is none, and writes to each page.
+// touch maps memory of zeroes, advises on it, and writes to each page.
 func touch(size, advice int) error {
 	data, err := unix.Mmap(-1, 0, size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
-	if err == nil && advice != 0 {
-		err = unix.Madvise(data, advice)
-	}
 	if err != nil {
+		return err
+	}
+	// A kernel without huge pages knows no advice on them.
+	if err := unix.Madvise(data, advice); err != nil && !errors.Is(err, unix.EINVAL) {
 		return err
 	}
 	for at := 0; at < size; at += memory.PageSize {
