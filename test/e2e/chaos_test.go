@@ -59,8 +59,8 @@ var beside = outage{[]string{ofContainerd, ofShim}, []string{ofContainerd}}
 // in each order, while pods come and go, a container ends, containers write to their
 // memory, and the machine is short of it. After each time the partitions are those of the
 // pods that run, and no container has failed but those whose shim was killed. Nor has one
-// lost data, or had a page of another pod's. A plugin that lives through some of that has
-// not grown.
+// lost data. All the time one pod goes on writing, and no page is in two pods. A plugin
+// that lives through some of that has not grown.
 func TestChaos(t *testing.T) {
 	needPartitions(t)
 	seed := *chaosSeed
@@ -77,7 +77,7 @@ func TestChaos(t *testing.T) {
 	}
 	t.Logf("by\n%s", config)
 	n := startNode(t, node.Built(build))
-	s := &siege{t: t, node: n, random: rand.New(rand.NewPCG(seed, 0))}
+	s := &siege{t: t, node: n, random: rand.New(rand.NewPCG(seed, 0)), guard: border.Watch()}
 	s.args = append(plugin.Args(configFile(t, config), n.NRISocket()), "-metrics", metricsPort)
 	s.launch()
 	t.Cleanup(func() {
@@ -91,12 +91,11 @@ func TestChaos(t *testing.T) {
 	s.must(s.plugin.Synchronized(deadline(t), 1))
 	s.kubelet = &kubelet{siege: s, random: rand.New(rand.NewPCG(seed, 1)), pods: map[string]tenant{}}
 	s.residents = []tenant{s.run("shop", 2), s.run("bank", 2)}
-	guard := border.Watch()
-	for _, pod := range s.residents {
-		for _, c := range pod.containers {
-			guard.Add(border.Process{Tenant: pod.Name, Name: c.Name, PID: c.PID})
-		}
+	s.writer = s.run("writer", 2)
+	for i, c := range s.writer.containers {
+		do(t, control.Request{Op: control.Churn, Count: siegePages / 2, Seed: uint64(i), Seeds: 4, Pause: 200 * time.Millisecond}, c)
 	}
+	s.guard.Add(processesOf(s.stay()...)...)
 	stalled := press(t)
 
 	began := time.Now()
@@ -128,7 +127,14 @@ func TestChaos(t *testing.T) {
 		t.Logf("something waited for memory for %s", (before + after).Round(time.Millisecond))
 	}
 	t.Logf("meanwhile %d pods were started and %d stopped, %d requests were cut off", s.kubelet.started, s.kubelet.stopped, s.kubelet.cutOff)
-	stopGuard(t, guard)
+	for _, c := range s.writer.containers {
+		if r := do(t, control.Request{Op: control.Settle}, c); r[0].Rounds == 0 {
+			t.Errorf("%s never wrote", c.Name)
+		} else {
+			t.Logf("%s wrote %d times", c.Name, r[0].Rounds)
+		}
+	}
+	stopGuard(t, s.guard)
 	s.removeOthers(nil)
 	noPartitions(t)
 }
@@ -141,6 +147,7 @@ func (s *siege) suffer(o outage) {
 	began := time.Now()
 	victim := s.run(fmt.Sprintf("victim-%d", s.suffered), 1)
 	s.suffered++
+	s.guard.AddBrief(processesOf(victim)...)
 	before := s.plugin.Synchronizations()
 	stop := s.kubelet.start()
 	s.write()
@@ -182,25 +189,23 @@ func (s *siege) suffer(o outage) {
 	s.settle()
 
 	// What is not known is what a request left that was cut off.
-	known := slices.Concat(s.residents, slices.Collect(maps.Values(s.kubelet.pods)))
+	known := slices.Concat(s.stay(), slices.Collect(maps.Values(s.kubelet.pods)))
 	s.removeOthers(known)
-	var partitions []string
-	var processes []border.Process
 	for _, pod := range known {
-		partitions = append(partitions, partition.OfPod(pod.ID))
 		for _, c := range pod.containers {
 			if running, err := c.Running(deadline(s.t)); !running || err != nil {
 				s.t.Errorf("%s/%s: running: %v, %v", pod.Name, c.Name, running, err)
 			}
-			processes = append(processes, border.Process{Tenant: pod.ID, Name: pod.Name + "/" + c.Name, PID: c.PID})
 		}
-		unchanged(s.t, pod.containers...)
+		if pod.ID != s.writer.ID { // that checks its memory itself
+			unchanged(s.t, pod.containers...)
+		}
 	}
-	s.must(partition.WaitFor(deadline(s.t), partitions...))
+	s.must(partition.WaitFor(deadline(s.t), partitionsOf(known)...))
 	for _, pod := range s.residents {
 		waitMerged(s.t, pod.containers[0], pod.containers[1])
 	}
-	if crossings, err := border.Crossings(processes...); err != nil || len(crossings) > 0 {
+	if crossings, err := border.Crossings(processesOf(known...)...); err != nil || len(crossings) > 0 {
 		s.t.Errorf("%v crossings, %v", crossings, err)
 	}
 	s.t.Logf("killed %v, restarted %v, with %d pods in %s", killed, o.restarted, len(known), time.Since(began).Round(time.Millisecond))
@@ -213,7 +218,7 @@ func (s *siege) suffer(o outage) {
 func (s *siege) write() {
 	s.t.Helper()
 	for _, pod := range s.residents {
-		do(s.t, control.Request{Op: control.Churn, Count: siegeMiB << 20 / os.Getpagesize() / 2, Seed: s.random.Uint64()}, pod.containers[0])
+		do(s.t, control.Request{Op: control.Churn, Count: siegePages / 2, Seed: s.random.Uint64()}, pod.containers[0])
 	}
 }
 
@@ -224,20 +229,39 @@ func (s *siege) settle() {
 		if r := do(s.t, control.Request{Op: control.Settle}, pod.containers[0]); r[0].Rounds == 0 {
 			s.t.Errorf("%s never wrote", pod.Name)
 		}
-		do(s.t, control.Request{Op: control.Write, Count: siegeMiB << 20 / os.Getpagesize() / 2, Seed: siegeSeed}, pod.containers[0])
+		do(s.t, control.Request{Op: control.Write, Count: siegePages / 2, Seed: siegeSeed}, pod.containers[0])
 	}
 }
 
-// rest leaves the residents alone, so that the plugin has what it had before.
+// rest leaves alone those that stay, so that the plugin has what it had before.
 func (s *siege) rest() {
 	s.t.Helper()
 	clear(s.kubelet.pods)
-	s.removeOthers(s.residents)
-	var partitions []string
-	for _, pod := range s.residents {
-		partitions = append(partitions, partition.OfPod(pod.ID))
+	s.removeOthers(s.stay())
+	s.must(partition.WaitFor(deadline(s.t), partitionsOf(s.stay())...))
+}
+
+// stay are the pods that are never removed.
+func (s *siege) stay() []tenant { return append(slices.Clone(s.residents), s.writer) }
+
+// partitionsOf are those that pods have.
+func partitionsOf(pods []tenant) []string {
+	var names []string
+	for _, pod := range pods {
+		names = append(names, partition.OfPod(pod.ID))
 	}
-	s.must(partition.WaitFor(deadline(s.t), partitions...))
+	return names
+}
+
+// processesOf are those that pods have, a tenant each.
+func processesOf(pods ...tenant) []border.Process {
+	var all []border.Process
+	for _, pod := range pods {
+		for _, c := range pod.containers {
+			all = append(all, border.Process{Tenant: pod.ID, Name: pod.Name + "/" + c.Name, PID: c.PID})
+		}
+	}
+	return all
 }
 
 // launchAnew starts the plugin once more.
@@ -257,7 +281,9 @@ type siege struct {
 	plugin    *plugin.Process
 	kubelet   *kubelet
 	residents []tenant // stay all the time
-	suffered  int      // outages
+	writer    tenant   // stays, and writes all the time
+	guard     *border.Guard
+	suffered  int // outages
 	// outages is odd while containerd is away.
 	outages atomic.Int64
 }
@@ -298,6 +324,8 @@ const (
 	siegeMiB  = 2
 	siegeSeed = 1
 )
+
+var siegePages = siegeMiB << 20 / os.Getpagesize()
 
 // run runs a pod while nothing is killed.
 func (s *siege) run(name string, containers int) tenant {
@@ -429,6 +457,7 @@ func (k *kubelet) step() {
 		name := fmt.Sprintf("pod-%d", k.started+k.cutOff)
 		if pod, err = k.try(name, 1+k.random.IntN(2)); err == nil {
 			k.pods[name] = pod
+			k.guard.AddBrief(processesOf(pod)...)
 			k.started++
 		}
 	} else {

@@ -16,6 +16,7 @@ import (
 	"os"
 	"os/signal"
 	"syscall"
+	"time"
 
 	"github.com/selective-ksm/selective-ksm/test/workload/control"
 	"github.com/selective-ksm/selective-ksm/test/workload/memory"
@@ -140,12 +141,20 @@ func startChurn(ctx context.Context, data *memory.Region, q control.Request) *ch
 	go func() {
 		defer close(c.done)
 		pick := rand.New(rand.NewPCG(q.Seed, 0))
+		seed := pick.Uint64
+		if q.Seeds > 0 {
+			seed = func() uint64 { return pick.Uint64N(q.Seeds) }
+		}
 		for ctx.Err() == nil && c.err == nil {
 			for range writesPerRound {
-				data.Write(q.First+pick.IntN(q.Count), 1, pick.Uint64())
+				data.Write(q.First+pick.IntN(q.Count), 1, seed())
 			}
 			_, c.err = data.Check()
 			c.rounds++
+			select {
+			case <-time.After(q.Pause):
+			case <-ctx.Done():
+			}
 		}
 	}()
 	return c

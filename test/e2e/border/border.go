@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"os"
 	"slices"
 	"sync"
 	"syscall"
@@ -30,6 +31,26 @@ func (c Crossing) String() string {
 	return fmt.Sprintf("frame %#x is in %s/%s and in %s/%s", c.Frame, c.A.Tenant, c.A.Name, c.B.Tenant, c.B.Name)
 }
 
+// watched is a process that a guard looks at.
+type watched struct {
+	Process
+	is    *os.Process // tells it from another that has its number later
+	brief bool        // may be gone before it is looked at
+	seen  bool        // some memory of it was
+}
+
+// watch finds a process by its number, which it has now. One that is gone has no memory.
+func watch(p Process, brief bool) *watched {
+	is, err := os.FindProcess(p.PID)
+	if err != nil {
+		panic(err) // never on Linux
+	}
+	return &watched{Process: p, is: is, brief: brief}
+}
+
+// over tells whether the process has exited and is waited for.
+func (w *watched) over() bool { return errors.Is(w.is.Signal(syscall.Signal(0)), os.ErrProcessDone) }
+
 // Guard looks at processes, over and over, until it is stopped.
 type Guard struct {
 	cancel context.CancelFunc
@@ -37,39 +58,53 @@ type Guard struct {
 
 	mu        sync.Mutex // protects what follows
 	wake      *sync.Cond // on every change of sweeps and finished
-	processes []Process
+	processes []*watched
 	sweeps    int
 	finished  bool
+	hurry     chan struct{} // closed while somebody waits for a sweep
+	waiting   int
 
 	// For the guard's goroutine until done is closed.
 	found []Crossing
 	err   error
 }
 
-// pause between two sweeps, so that the guard leaves the processors to what it
-// watches.
-const pause = 100 * time.Millisecond
+// Between two sweeps it pauses for so long at least, and for so many times what the last
+// took, so that the guard leaves the processors to what it watches.
+const (
+	pause = 100 * time.Millisecond
+	share = 4
+)
 
 // Watch starts a guard.
 func Watch() *Guard {
 	ctx, cancel := context.WithCancel(context.Background())
-	g := &Guard{cancel: cancel, done: make(chan struct{})}
+	g := &Guard{cancel: cancel, done: make(chan struct{}), hurry: make(chan struct{})}
 	g.wake = sync.NewCond(&g.mu)
 	go g.run(ctx)
 	return g
 }
 
-// Add gives the guard processes to look at, for as long as they live.
-func (g *Guard) Add(processes ...Process) {
+// Add gives the guard processes to look at, for as long as they live. It is an error of
+// the guard's if it never sees memory of one.
+func (g *Guard) Add(processes ...Process) { g.add(false, processes) }
+
+// AddBrief gives it processes that may end before it looks at them.
+func (g *Guard) AddBrief(processes ...Process) { g.add(true, processes) }
+
+func (g *Guard) add(brief bool, processes []Process) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	g.processes = append(g.processes, processes...)
+	for _, p := range processes {
+		g.processes = append(g.processes, watch(p, brief))
+	}
 }
 
-// guarded returns the processes to look at.
-func (g *Guard) guarded() []Process {
+// guarded returns the processes to look at, without those that are over.
+func (g *Guard) guarded() []*watched {
 	g.mu.Lock()
 	defer g.mu.Unlock()
+	g.processes = slices.DeleteFunc(g.processes, func(w *watched) bool { return (w.seen || w.brief) && w.over() })
 	return slices.Clone(g.processes)
 }
 
@@ -77,9 +112,15 @@ func (g *Guard) guarded() []Process {
 func (g *Guard) Sweep() {
 	g.mu.Lock()
 	defer g.mu.Unlock()
+	if g.waiting++; g.waiting == 1 {
+		close(g.hurry)
+	}
 	// The sweep that is under way began before.
 	for until := g.sweeps + 2; g.sweeps < until && !g.finished; {
 		g.wake.Wait()
+	}
+	if g.waiting--; g.waiting == 0 {
+		g.hurry = make(chan struct{})
 	}
 }
 
@@ -99,46 +140,52 @@ func (g *Guard) run(ctx context.Context) {
 		g.wake.Broadcast()
 		g.mu.Unlock()
 	}()
-	seen := make(map[int]bool)
 	for g.err == nil && ctx.Err() == nil {
+		began := time.Now()
 		var found []Crossing
-		if found, g.err = sweep(g.guarded(), seen); g.err != nil {
+		if found, g.err = sweep(g.guarded()); g.err != nil {
 			return
 		}
 		g.found = append(g.found, found...)
 		g.mu.Lock()
 		g.sweeps++
 		g.wake.Broadcast()
+		hurry := g.hurry
 		g.mu.Unlock()
 		select {
 		case <-ctx.Done():
-		case <-time.After(pause):
+		case <-hurry:
+		case <-time.After(max(pause, share*time.Since(began))):
 		}
 	}
-	for _, p := range g.guarded() {
-		if !seen[p.PID] {
+	for _, w := range g.guarded() {
+		if !w.seen && !w.brief {
 			// A guard that sees nothing would find nothing.
-			g.err = errors.Join(g.err, fmt.Errorf("no memory of %s/%s (pid %d) was ever seen", p.Tenant, p.Name, p.PID))
+			g.err = errors.Join(g.err, fmt.Errorf("no memory of %s/%s (pid %d) was ever seen", w.Tenant, w.Name, w.PID))
 		}
 	}
 }
 
 // Crossings looks once.
 func Crossings(processes ...Process) ([]Crossing, error) {
-	return sweep(processes, make(map[int]bool))
+	var all []*watched
+	for _, p := range processes {
+		all = append(all, watch(p, false))
+	}
+	return sweep(all)
 }
 
-// sweep looks at all processes once, and notes in seen whose memory it saw.
-func sweep(processes []Process, seen map[int]bool) ([]Crossing, error) {
+// sweep looks at all processes once, and takes note of whose memory it saw.
+func sweep(processes []*watched) ([]Crossing, error) {
 	memory := make([][]pages.Page, len(processes))
 	for i, p := range processes {
 		all, err := pages.All(p.PID)
 		if err != nil && !gone(err) {
 			return nil, err
 		}
-		memory[i] = pages.ByFrame(all)
-		if len(memory[i]) > 0 {
-			seen[p.PID] = true
+		if !p.over() {
+			memory[i] = pages.ByFrame(all)
+			p.seen = p.seen || len(all) > 0
 		}
 	}
 	var found []Crossing
@@ -148,12 +195,12 @@ func sweep(processes []Process, seen map[int]bool) ([]Crossing, error) {
 				continue
 			}
 			for _, pair := range pages.Common(memory[i], memory[j]) {
-				crossed, err := confirm(a, b, pair)
+				crossed, err := confirm(a.Process, b.Process, pair)
 				if err != nil {
 					return nil, err
 				}
-				if crossed {
-					found = append(found, Crossing{A: a, B: b, Frame: pair.Frame})
+				if crossed && !a.over() && !b.over() {
+					found = append(found, Crossing{A: a.Process, B: b.Process, Frame: pair.Frame})
 				}
 			}
 		}

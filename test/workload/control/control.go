@@ -34,7 +34,8 @@ const (
 	// Write writes Count pages from First on, from Seed.
 	Write Op = "write"
 	// Churn starts writing and checking, over and over, until Settle. The
-	// pages written are First up to First+Count.
+	// pages written are First up to First+Count, each from one of Seeds seeds, or, if
+	// that is zero, from one that no other has. Between two rounds is a Pause.
 	Churn Op = "churn"
 	// Settle ends a Churn, and checks all data.
 	Settle Op = "settle"
@@ -45,6 +46,8 @@ type Request struct {
 	Op           Op
 	First, Count int
 	Seed         uint64
+	Seeds        uint64        `json:",omitempty"`
+	Pause        time.Duration `json:",omitempty"`
 }
 
 // Reply is the container's answer.
