@@ -177,7 +177,7 @@ func (g *guest) savedOf(ctx context.Context, p program) error {
 			return errors.Join(err, tell("the whole node, by ksmd", saved))
 		}
 		all, err := f.anonymous()
-		if err := errors.Join(err, tell("anonymous memory", all)); err != nil {
+		if err := errors.Join(err, tell(anonymous, all)); err != nil {
 			return err
 		}
 		estimated, err := g.foretold(ctx, r, dir)
