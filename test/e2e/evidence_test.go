@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -38,10 +39,10 @@ func tell(t *testing.T, into any, args ...string) (status int, said string) {
 }
 
 // estimated runs an estimate of all containers that run.
-func estimated(t *testing.T) estimate.Report {
+func estimated(t *testing.T, args ...string) estimate.Report {
 	t.Helper()
 	var r estimate.Report
-	if status, said := tell(t, &r, "estimate", "-interval", "1s", "-json"); status != 0 || said != "" {
+	if status, said := tell(t, &r, append([]string{"estimate", "-interval", "1s", "-json"}, args...)...); status != 0 || said != "" {
 		t.Fatalf("estimate ended with %d, and said %q", status, said)
 	}
 	return r
@@ -105,6 +106,18 @@ func TestEstimate(t *testing.T) {
 	}
 	if before.Engine || before.Merged != 0 {
 		t.Errorf("before there is an engine: %+v", before)
+	}
+	// Processes by their numbers, and a part of all contents: those that no policy knows.
+	some := estimated(t, "-pid", fmt.Sprint(shop.containers[0].PID), "-pid", fmt.Sprint(bank.containers[0].PID), "-sample", "0.25")
+	if len(some.Containers) != 2 || some.Rate != 0.25 {
+		t.Errorf("of two processes: %+v", some)
+	}
+	for policy, want := range map[string]uint64{"container": 0, "node": size << 20} {
+		// Their programs have some equal pages of their own.
+		p := policyOf(t, some, policy)
+		if off := size<<20/20 + 2*p.Error; p.Error == 0 || p.Saved+off < want || p.Saved > want+off {
+			t.Errorf("of two processes with %d bytes in common: %+v", size<<20, p)
+		}
 	}
 
 	p := startPlugin(t, n, once)
