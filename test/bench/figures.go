@@ -181,7 +181,7 @@ func figuresOf(quick bool) []result.Figure {
 		{Name: "read", Unit: "s/GiB", Variant: reading, Title: "7. CPU time next to an estimate, on the machine itself"},
 		{Name: "read-memory", Unit: "MiB/GiB", Limit: maxRead, Title: "7. Memory that an estimate takes, on the machine itself"},
 		{
-			Name: "programs", Unit: "MiB", Variant: anonymous, Short: []string{anonymous, "by container", "by pod", "by namespace", "the whole node, by ksmd"},
+			Name: "programs", Unit: "MiB", Variant: anonymous, Short: []string{anonymous, "by container", "by pod", "by namespace", "by namespace, estimated", "by namespace, freed", "the whole node, by ksmd"},
 			Title: fmt.Sprintf("8. Saved of %d containers of a program: 2 in a pod, %d in a namespace", 4*s.replicas, 2*s.replicas),
 		},
 	}

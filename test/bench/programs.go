@@ -176,20 +176,22 @@ func (g *guest) savedOf(ctx context.Context, p program) error {
 			saved, err := savedByKsmd(ctx)
 			return errors.Join(err, tell("the whole node, by ksmd", saved))
 		}
-		all, err := f.anonymous()
-		if err := errors.Join(err, tell(anonymous, all)); err != nil {
-			return err
-		}
 		estimated, err := g.foretold(ctx, r, dir)
 		if err != nil {
 			return err
 		}
+		// Some programs have started others meanwhile.
+		all, err := f.anonymous()
+		if err := errors.Join(err, tell(anonymous, all)); err != nil {
+			return err
+		}
 		for _, policy := range []string{"container", "pod", "namespace"} {
-			saved, err := g.savedBy(ctx, f, r, dir, policy)
+			saved, now, err := g.savedBy(ctx, f, r, dir, policy)
 			if err != nil {
 				return fmt.Errorf("partitionBy: %s: %w", policy, err)
 			}
-			if err := errors.Join(tell("by "+policy, saved), tell("by "+policy+", estimated", estimated[policy])); err != nil {
+			by := "by " + policy
+			if err := errors.Join(tell(by, saved), tell(by+", freed", all-min(all, now)), tell(by+", estimated", estimated[policy])); err != nil {
 				return err
 			}
 		}
@@ -292,24 +294,31 @@ func (g *guest) foretold(ctx context.Context, r *nri, dir string) (by map[string
 	return by, nil
 }
 
-// savedBy is what is saved when all containers have been merged by a policy, in bytes.
-func (g *guest) savedBy(ctx context.Context, f *fleet, r *nri, dir, policy string) (saved uint64, err error) {
+// savedBy is what the kernel says is saved when all containers have been merged by a policy,
+// and the anonymous memory that they have then, in bytes. The kernel counts a page that
+// several have by fork as often, and does not count the zeroes that go with a huge page
+// that is split.
+func (g *guest) savedBy(ctx context.Context, f *fleet, r *nri, dir, policy string) (saved, now uint64, err error) {
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	config := logged + unbounded + "startDelays: [0s]\ninterval: 24h\npressure: off\npartitionBy: " + policy + "\n"
 	p, err := startAgent(filepath.Join(g.bin, product), dir, config)
 	if err != nil {
-		return 0, err
+		return 0, 0, err
 	}
 	defer func() { err = errors.Join(err, p.stop()) }()
 	if _, err := r.connected(ctx, p); err != nil {
-		return 0, err
+		return 0, 0, err
 	}
 	if err := p.waitMerged(ctx, len(f.containers)); err != nil {
-		return 0, err
+		return 0, 0, err
 	}
 	pages, err := allSharing()
-	return uint64(pages * os.Getpagesize()), err
+	if err != nil {
+		return 0, 0, err
+	}
+	now, err = f.anonymous()
+	return uint64(pages * os.Getpagesize()), now, err
 }
 
 // savedByKsmd is what is saved when all that is mergeable has been merged, in bytes.
