@@ -106,3 +106,26 @@ func TestSeeingNothingIsAnError(t *testing.T) {
 		t.Errorf("Stop returned %v", err)
 	}
 }
+
+// One that may end may do so unseen; another that has its number then is not taken for it.
+func TestBrief(t *testing.T) {
+	c := exec.Command("true")
+	if err := c.Start(); err != nil {
+		t.Fatal(err)
+	}
+	ended := watch(Process{"two", "ended", c.Process.Pid}, true)
+	if err := c.Wait(); err != nil {
+		t.Fatal(err)
+	}
+	g := Watch()
+	g.AddBrief(ended.Process)
+	g.Sweep()
+	if _, found, err := g.Stop(); err != nil || len(found) > 0 {
+		t.Errorf("one that has ended: found %v, %v", found, err)
+	}
+	pid := start(t)
+	ended.PID = pid
+	if found, err := sweep([]*watched{watch(Process{"one", "a", pid}, false), ended}); err != nil || len(found) > 0 || ended.seen {
+		t.Errorf("its number is used again: found %v, seen %t, %v", found, ended.seen, err)
+	}
+}
