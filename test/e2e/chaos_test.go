@@ -93,7 +93,7 @@ func TestChaos(t *testing.T) {
 	s.residents = []tenant{s.run("shop", 2), s.run("bank", 2)}
 	s.writer = s.run("writer", 2)
 	for i, c := range s.writer.containers {
-		do(t, control.Request{Op: control.Churn, Count: siegePages / 2, Seed: uint64(i), Seeds: 4, Pause: 200 * time.Millisecond}, c)
+		do(t, control.Request{Op: control.Churn, Count: siegePages / 2, Seed: uint64(i), Seeds: 4, Pause: 500 * time.Millisecond}, c)
 	}
 	s.guard.Add(processesOf(s.stay()...)...)
 	stalled := press(t)
