@@ -177,44 +177,27 @@ PASS
 	}
 }
 
-// runs are those whose results are in testdata, from the oldest to the newest. What was
-// measured again counts.
-var runs = []string{"results.json", "node.json", "runtime.json"}
-
-// The README's tables, and what it shows of commands, are of these runs.
+// The README's table, and what it shows of commands, are of the run whose results are in
+// testdata.
 func TestReadme(t *testing.T) {
 	readme, err := os.ReadFile("../../README.md")
 	if err != nil {
 		t.Fatal(err)
 	}
-	shown, newer := map[string]string{}, map[string]bool{}
-	for _, name := range slices.Backward(runs) {
-		report, err := result.Read(filepath.Join("testdata", name))
-		if err != nil {
-			t.Fatal(err)
-		}
-		report.Results = slices.DeleteFunc(report.Results, func(r result.Result) bool { return newer[r.Figure] })
-		var table strings.Builder
-		if err := report.Table(&table, figuresOf(report.Quick), true); err != nil {
-			t.Fatal(err)
-		}
-		shown["table of "+name] = table.String()
-		for _, r := range report.Results {
-			newer[r.Figure] = true
-		}
-		for _, o := range report.Outputs {
-			if shown[o.Name] == "" {
-				shown[o.Name] = o.Text
-			}
-		}
+	report, err := result.Read(filepath.Join("testdata", "results.json"))
+	if err != nil {
+		t.Fatal(err)
 	}
-	for _, name := range []string{"demo", "status", "estimate", "log"} {
-		if shown[name] == "" {
-			t.Errorf("there is no %s", name)
-		}
+	var table strings.Builder
+	if err := report.Table(&table, figuresOf(report.Quick), true); err != nil {
+		t.Fatal(err)
 	}
-	for name, text := range shown {
-		if !strings.Contains(string(readme), "```\n"+text+"```\n") {
+	shown := map[string]string{"table": table.String()}
+	for _, o := range report.Outputs {
+		shown[o.Name] = o.Text
+	}
+	for _, name := range []string{"table", "demo", "status", "estimate", "log"} {
+		if text := shown[name]; text == "" || !strings.Contains(string(readme), "```\n"+text+"```\n") {
 			t.Errorf("the README has not this %s:\n%s", name, text)
 		}
 	}
