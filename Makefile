@@ -114,7 +114,7 @@ test-kernel: packages kernel-check kernels tools programs image manifests build/
 	go test -count=1 -timeout 30m -run 'DaemonSetMainline|NodeFeatureRule' \
 		-exec "$(call vm,stock) -env SELECTIVE_KSM_VM=1 --" ./test/e2e
 	$(call attack,stock)
-	$(MAKE) bench QUICK=1 ONLY=merge,native
+	$(MAKE) bench QUICK=1 ONLY=merge
 	$(call stress,2m)
 
 # Hooks, on this machine's kernel and in the VM.
