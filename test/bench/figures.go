@@ -104,9 +104,9 @@ const (
 // figuresOf are all figures, in the order of the table.
 func figuresOf(quick bool) []result.Figure {
 	s := sizes(quick)
-	slower, answer := maxSlower, float64(maxAnswer)
+	slower := maxSlower
 	if quick {
-		slower, answer = 0, 0 // too few are started to tell
+		slower = 0 // too few are started to tell
 	}
 	return []result.Figure{
 		{
@@ -166,7 +166,7 @@ func figuresOf(quick bool) []result.Figure {
 			Name: "create", Unit: "ms", Variant: idlePlugin,
 			Title: "6. What containerd takes to create and start a container, in the VM",
 		},
-		{Name: "answer", Unit: "ms", Limit: answer, Title: "6. The plugin's slowest answer to the runtime"},
+		{Name: "answer", Unit: "ms", Limit: maxAnswer, Title: "6. The plugin's slowest answer to the runtime"},
 		{Name: "hook", Unit: "ms", Case: emptyHook, Title: "6. What a hook takes"},
 		{Name: "reconcile", Unit: "s", Limit: maxReconcile, Title: fmt.Sprintf("6. Start beside %d containers, until they have partitions", s.pods*containers)},
 		{Name: "resident", Unit: "MiB", Limit: maxResident, Title: fmt.Sprintf("6. Resident memory with %d containers", s.pods*containers)},
