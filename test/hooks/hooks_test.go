@@ -163,6 +163,10 @@ func (n *node) daemon(t testing.TB, args ...string) (stop func()) {
 	})
 	t.Cleanup(stop)
 	within(t, "daemon answers", func() error {
+		// A worker answers, too, until the daemon has taken over from it.
+		if workers := n.workers(t); len(workers) > 0 {
+			return fmt.Errorf("workers %d run", workers)
+		}
 		_, err := control.Ask(t.Context(), engine.RunDir)
 		return err
 	})

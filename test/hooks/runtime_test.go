@@ -2,6 +2,7 @@ package hooks
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"fmt"
 	"os"
@@ -56,7 +57,9 @@ func try(name string, args ...string) (string, error) {
 	}
 	defer os.Remove(file.Name())
 	defer file.Close()
-	cmd := exec.Command(name, args...)
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, name, args...)
 	cmd.Stdout, cmd.Stderr = file, file
 	err = cmd.Run()
 	out, readErr := os.ReadFile(file.Name())
