@@ -142,6 +142,7 @@ type Engine struct {
 	workers  sync.WaitGroup
 	untold   sync.Once     // that pods have no pressure stall information
 	beat     chan struct{} // is received from by the sweep, whenever it has nothing to do
+	created  chan struct{} // has one when a container was created that the sweep may not know
 
 	// mu protects what follows, and what partition and member say it does. It is
 	// never held over a call to the kernel.
@@ -209,6 +210,7 @@ func New(o Options) *Engine {
 		outside:    map[string]Container{},
 		settings:   o.Settings,
 		beat:       make(chan struct{}),
+		created:    make(chan struct{}, 1),
 	}
 }
 
@@ -479,6 +481,10 @@ func (e *Engine) join(c Container) *partition {
 	}
 	m.ctx, m.leave = context.WithCancel(context.Background())
 	e.members[c.ID], p.members[c.ID], e.waiting[c.ID] = m, m, m
+	select {
+	case e.created <- struct{}{}:
+	default:
+	}
 	p.poke()
 	return p
 }

@@ -84,14 +84,19 @@ func (e *Engine) gone(m *member) {
 	}
 }
 
-// sweep looks at containers that were created and not started: those whose cgroup has
-// come and gone will not be.
+// sweep looks at containers that were created and not started, while there are any: those
+// whose cgroup has come and gone will not be.
 func (e *Engine) sweep(ctx context.Context) {
-	tick := time.NewTicker(swept)
-	defer tick.Stop()
+	var due <-chan time.Time
 	for {
 		select {
-		case <-tick.C:
+		case <-due:
+			due = nil
+		case <-e.created:
+			if due == nil {
+				due = time.After(swept)
+			}
+			continue
 		case <-e.beat:
 			continue
 		case <-ctx.Done():
@@ -108,6 +113,9 @@ func (e *Engine) sweep(ctx context.Context) {
 			case errors.Is(err, fs.ErrNotExist) && (m.cgroup || time.Since(m.added) > unborn):
 				e.gone(m)
 			}
+		}
+		if len(waiting) > 0 {
+			due = time.After(swept)
 		}
 	}
 }

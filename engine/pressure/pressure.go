@@ -21,16 +21,10 @@ const Node = "/proc/pressure/memory"
 // byte of a write for its end, whatever it is.
 const trigger = "some 200000 2000000\x00"
 
-// looked is how often the kernel is asked. It keeps what happened in between, for the
-// one that asks first: so Go's poller, which does not know priority events, must not
-// have the file.
-const looked = 2 * time.Second
-
 // Watch calls scarce each time that memory has become scarce, at most once in two
-// seconds and up to two seconds late, until ctx ends, whose error it returns then.
-// Other errors are that the kernel has no such file or refuses it: it matches
-// [os.ErrNotExist] on a kernel without pressure stall information, and when the cgroup
-// is gone.
+// seconds, until ctx ends, whose error it returns then. Meanwhile it takes no time. Other
+// errors are that the kernel has no such file or refuses it: it matches [os.ErrNotExist]
+// on a kernel without pressure stall information, and when the cgroup is gone.
 func Watch(ctx context.Context, path string, scarce func()) error {
 	fd, err := unix.Open(path, unix.O_RDWR|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
 	if err != nil {
@@ -40,25 +34,61 @@ func Watch(ctx context.Context, path string, scarce func()) error {
 	if _, err := unix.Write(fd, []byte(trigger)); err != nil {
 		return fmt.Errorf("watching memory pressure: %w", &os.PathError{Op: "write", Path: path, Err: err})
 	}
-	look := time.NewTicker(looked)
-	defer look.Stop()
-	for {
-		select {
-		case <-look.C:
-		case <-ctx.Done():
-			return ctx.Err()
+	events, err := priority(fd)
+	if err != nil {
+		return fmt.Errorf("watching memory pressure: %w", err)
+	}
+	defer events.Close()
+	conn, err := events.SyscallConn()
+	if err != nil {
+		return fmt.Errorf("watching memory pressure: %w", err)
+	}
+	defer context.AfterFunc(ctx, func() { events.SetReadDeadline(time.Unix(1, 0)) })()
+	var ended error
+	waited := false
+	err = conn.Read(func(epoll uintptr) bool {
+		if !waited { // it is called once before it has been
+			waited = true
+			return false
 		}
-		poll := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLPRI}}
-		_, err := unix.Poll(poll, 0)
+		// That the poller has waked is the event: the kernel tells it once, and has told
+		// the poller. What is left to ask for is an error.
+		var left [1]unix.EpollEvent
+		n, err := unix.EpollWait(int(epoll), left[:], 0)
 		switch {
-		case errors.Is(err, unix.EINTR):
-			// What it would have told it tells the next time.
-		case err != nil:
-			return fmt.Errorf("watching memory pressure: %w", err)
-		case poll[0].Revents&unix.POLLERR != 0:
-			return &os.PathError{Op: "poll", Path: path, Err: os.ErrNotExist}
-		case poll[0].Revents&unix.POLLPRI != 0:
+		case err != nil && !errors.Is(err, unix.EINTR):
+			ended = fmt.Errorf("watching memory pressure: %w", err)
+		case n > 0 && left[0].Events&unix.EPOLLERR != 0:
+			ended = &os.PathError{Op: "poll", Path: path, Err: os.ErrNotExist}
+		default:
 			scarce()
 		}
+		return ended != nil
+	})
+	switch {
+	case ctx.Err() != nil:
+		return ctx.Err()
+	case ended != nil:
+		return ended
+	default:
+		return fmt.Errorf("watching memory pressure: %w", err)
 	}
+}
+
+// priority returns an epoll instance that can be read when a descriptor has a priority
+// event, which Go's poller does not know by itself.
+func priority(fd int) (*os.File, error) {
+	epoll, err := unix.EpollCreate1(unix.EPOLL_CLOEXEC)
+	if err != nil {
+		return nil, os.NewSyscallError("epoll_create1", err)
+	}
+	err = os.NewSyscallError("epoll_ctl", unix.EpollCtl(epoll, unix.EPOLL_CTL_ADD, fd, &unix.EpollEvent{Events: unix.EPOLLPRI}))
+	if err == nil {
+		err = os.NewSyscallError("fcntl", unix.SetNonblock(epoll, true))
+	}
+	if err != nil {
+		unix.Close(epoll)
+		return nil, err
+	}
+	return os.NewFile(uintptr(epoll), "epoll"), nil
 }

@@ -53,7 +53,8 @@ func TestNoPressureInformation(t *testing.T) {
 	}
 }
 
-// A cgroup above its soft limit has to wait for memory.
+// A cgroup above its soft limit has to wait for memory, again and again, and is watched
+// until it is gone.
 func TestScarce(t *testing.T) {
 	const root = "/sys/fs/cgroup"
 	if _, err := os.Stat(root + "/cgroup.controllers"); err != nil {
@@ -63,11 +64,7 @@ func TestScarce(t *testing.T) {
 	if err := os.Mkdir(dir, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	defer func() {
-		if err := os.Remove(dir); err != nil {
-			t.Error(err)
-		}
-	}()
+	defer os.Remove(dir)
 	if err := os.WriteFile(dir+"/memory.high", []byte("4M"), 0); err != nil {
 		t.Fatal(err)
 	}
@@ -87,15 +84,21 @@ func TestScarce(t *testing.T) {
 	if err := hog.Start(); err != nil {
 		t.Fatal(err)
 	}
-	select {
-	case <-told:
-	case err := <-ended:
-		t.Errorf("the watch ended: %v", err)
-	case <-ctx.Done():
-		t.Error("nobody was told that memory is scarce")
+	for range 3 {
+		select {
+		case <-told:
+		case err := <-ended:
+			t.Fatalf("the watch ended: %v", err)
+		case <-ctx.Done():
+			t.Fatal("nobody was told that memory is scarce")
+		}
 	}
 	hog.Process.Kill()
 	hog.Wait()
-	cancel()
-	<-ended
+	if err := os.Remove(dir); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-ended; !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("when the cgroup is gone: %v", err)
+	}
 }
