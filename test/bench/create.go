@@ -19,25 +19,34 @@ import (
 )
 
 // perTurn is how many containers are started with one plugin before it is the other's turn,
-// besides the first: a program's first steps are slow where they are emulated. between is
-// the pause after each, in which a merge of it can end.
-const (
-	perTurn = 8
-	between = 600 * time.Millisecond
-)
+// besides the first: a program's first steps are slow where they are emulated.
+const perTurn = 8
+
+// starting is how containers are created and started.
+type starting struct {
+	figure string
+	count  int           // with each plugin
+	pause  time.Duration // after each
+}
 
 // runtime measures what a container's creation and start take of containerd's time, with
 // our plugin and with one that hears of the same and does nothing, in turn.
-func (g *guest) runtime(ctx context.Context) error { return g.created(ctx, "create") }
+func (g *guest) runtime(ctx context.Context) error {
+	const merged = 600 * time.Millisecond // until a merge of each has ended
+	return g.created(ctx, starting{"create", g.starts, merged})
+}
 
-// runtimeNative does so on the machine itself.
-func (g *guest) runtimeNative(ctx context.Context) error { return g.created(ctx, "create-native") }
+// runtimeNative does so on the machine itself, more often, as less is to be told apart.
+func (g *guest) runtimeNative(ctx context.Context) error {
+	const often, pause = 4, 50 * time.Millisecond
+	return g.created(ctx, starting{"create-native", often * g.starts, pause})
+}
 
-func (g *guest) created(ctx context.Context, figure string) error {
+func (g *guest) created(ctx context.Context, s starting) error {
 	const timeout = 20 * time.Minute
 	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
-	return g.withNode(ctx, func(n *node.Node) error { return g.createOn(ctx, n, figure) })
+	return g.withNode(ctx, func(n *node.Node) error { return g.createOn(ctx, n, s) })
 }
 
 // withNode calls f while containerd runs.
@@ -50,7 +59,7 @@ func (g *guest) withNode(ctx context.Context, f func(*node.Node) error) (err err
 	return f(n)
 }
 
-func (g *guest) createOn(ctx context.Context, n *node.Node, figure string) error {
+func (g *guest) createOn(ctx context.Context, n *node.Node, s starting) error {
 	self, err := os.Executable()
 	if err != nil {
 		return err
@@ -74,8 +83,7 @@ func (g *guest) createOn(ctx context.Context, n *node.Node, figure string) error
 	if err := os.WriteFile(config, []byte(text), 0o644); err != nil {
 		return err
 	}
-	for left := g.starts; left > 0; left -= perTurn {
-		count := min(left, perTurn)
+	for left := s.count; left > 0; left -= perTurn {
 		for _, variant := range []struct {
 			name string
 			args []string
@@ -87,7 +95,7 @@ func (g *guest) createOn(ctx context.Context, n *node.Node, figure string) error
 			if err != nil {
 				return err
 			}
-			if err := errors.Join(g.createWith(ctx, n, figure, variant.name, count), p.Stop()); err != nil {
+			if err := errors.Join(g.createWith(ctx, n, s, variant.name, min(left, perTurn)), p.Stop()); err != nil {
 				return err
 			}
 		}
@@ -97,7 +105,7 @@ func (g *guest) createOn(ctx context.Context, n *node.Node, figure string) error
 
 // createWith creates and starts containers in a pod, and tells what each took, but for the
 // first.
-func (g *guest) createWith(ctx context.Context, n *node.Node, figure, variant string, count int) (err error) {
+func (g *guest) createWith(ctx context.Context, n *node.Node, s starting, variant string, count int) (err error) {
 	pod, err := n.RunPod(ctx, "bench")
 	if err != nil {
 		return err
@@ -124,15 +132,15 @@ func (g *guest) createWith(ctx context.Context, n *node.Node, figure, variant st
 			return err
 		}
 		end := time.Now()
-		if err := wait(ctx, between); err != nil {
+		if err := wait(ctx, s.pause); err != nil {
 			return err
 		}
 		if i == 0 {
 			continue
 		}
 		for what, took := range map[string]time.Duration{"create": half.Sub(began), "start": end.Sub(half)} {
-			s := result.Sample{Figure: figure, Case: what, Variant: variant, Value: 1000 * took.Seconds()}
-			if err := g.sample(s); err != nil {
+			err := g.sample(result.Sample{Figure: s.figure, Case: what, Variant: variant, Value: 1000 * took.Seconds()})
+			if err != nil {
 				return err
 			}
 		}

@@ -67,7 +67,7 @@ type size struct {
 	quiet      time.Duration // between rounds over them
 	programs   []program
 	replicas   int // of each program: so many pods of two, in each of two namespaces
-	starts     int // of containers with each plugin
+	starts     int // of containers with each plugin, in the VM
 	counts     int // of Go's benchmarks
 	shown      int // MiB of each container whose merging commands print
 }
