@@ -22,9 +22,10 @@ const Node = "/proc/pressure/memory"
 const trigger = "some 200000 2000000\x00"
 
 // Watch calls scarce each time that memory has become scarce, at most once in two
-// seconds, until ctx ends, whose error it returns then. Meanwhile it takes no time. Other
-// errors are that the kernel has no such file or refuses it: it matches [os.ErrNotExist]
-// on a kernel without pressure stall information, and when the cgroup is gone.
+// seconds, until ctx ends, whose error it returns then. It takes no time while nothing
+// happens. Other errors are that the kernel has no such file or refuses it: it matches
+// [os.ErrNotExist] on a kernel without pressure stall information, and when the cgroup is
+// gone.
 func Watch(ctx context.Context, path string, scarce func()) error {
 	fd, err := unix.Open(path, unix.O_RDWR|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
 	if err != nil {
