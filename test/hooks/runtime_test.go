@@ -48,8 +48,9 @@ func command(t testing.TB, name string, args ...string) string {
 	return out
 }
 
-// try runs a command. Containers that it leaves may keep its output open, so that goes
-// through a file.
+// try runs a command, for as long as one of fifty podmans may take that start at once in an
+// emulated VM. Containers that it leaves may keep its output open, so that goes through a
+// file.
 func try(name string, args ...string) (string, error) {
 	file, err := os.CreateTemp("", "output-*")
 	if err != nil {
@@ -57,7 +58,7 @@ func try(name string, args ...string) (string, error) {
 	}
 	defer os.Remove(file.Name())
 	defer file.Close()
-	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	ctx, cancel := context.WithTimeout(context.Background(), 5*patience)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, name, args...)
 	cmd.Stdout, cmd.Stderr = file, file
