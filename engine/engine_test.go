@@ -918,6 +918,15 @@ func TestContainerIsNeverStarted(t *testing.T) {
 		b.expect("remove own-2")
 		time.Sleep(unborn)
 		b.expect("remove own-1")
+
+		// One that comes when nobody has waited for long.
+		time.Sleep(time.Hour)
+		b.add(b.container("last", "own-3", 13))
+		time.Sleep(swept + time.Second)
+		b.took()
+		b.set(func(m *machine) { delete(m.containers, "/last") })
+		time.Sleep(swept)
+		b.expect("remove own-3")
 	})
 }
 

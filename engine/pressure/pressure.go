@@ -52,7 +52,7 @@ func Watch(ctx context.Context, path string, scarce func()) error {
 			waited = true
 			return false
 		}
-		// That the poller has waked is the event: the kernel tells it once, and has told
+		// That the poller has woken is the event: the kernel tells it once, and has told
 		// the poller. What is left to ask for is an error.
 		var left [1]unix.EpollEvent
 		n, err := unix.EpollWait(int(epoll), left[:], 0)

@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"sync"
 	"testing"
 	"time"
 
@@ -64,7 +65,11 @@ func TestScarce(t *testing.T) {
 	if err := os.Mkdir(dir, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	defer os.Remove(dir)
+	t.Cleanup(func() {
+		if err := os.Remove(dir); err != nil && !errors.Is(err, os.ErrNotExist) {
+			t.Error(err)
+		}
+	})
 	if err := os.WriteFile(dir+"/memory.high", []byte("4M"), 0); err != nil {
 		t.Fatal(err)
 	}
@@ -73,6 +78,7 @@ func TestScarce(t *testing.T) {
 	told := make(chan struct{}, 1)
 	ended := make(chan error, 1)
 	go func() {
+		defer close(ended)
 		ended <- Watch(ctx, dir+"/memory.pressure", func() {
 			select {
 			case told <- struct{}{}:
@@ -80,10 +86,21 @@ func TestScarce(t *testing.T) {
 			}
 		})
 	}()
-	hog := exec.CommandContext(ctx, "sh", "-c", fmt.Sprintf(`echo $$ >%s/cgroup.procs; exec dd if=/dev/zero of=/dev/null bs=64M`, dir))
+	defer func() {
+		cancel()
+		for range ended {
+		}
+	}()
+	// It takes more and more, as it has to wait only while it does.
+	hog := exec.CommandContext(ctx, "sh", "-c", fmt.Sprintf(`echo $$ >%s/cgroup.procs; exec tail /dev/zero`, dir))
 	if err := hog.Start(); err != nil {
 		t.Fatal(err)
 	}
+	stop := sync.OnceFunc(func() {
+		hog.Process.Kill()
+		hog.Wait()
+	})
+	defer stop()
 	for range 3 {
 		select {
 		case <-told:
@@ -93,8 +110,7 @@ func TestScarce(t *testing.T) {
 			t.Fatal("nobody was told that memory is scarce")
 		}
 	}
-	hog.Process.Kill()
-	hog.Wait()
+	stop()
 	if err := os.Remove(dir); err != nil {
 		t.Fatal(err)
 	}
